@@ -1,0 +1,104 @@
+"""Scoring completions. `load_rewards` turns specifications into `Reward`s; `score` applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from types import ModuleType
+from typing import Any
+
+from lowmem_grpo.errors import ConfigError, nearest
+from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
+from lowmem_grpo.rewards.format import format_reward
+from lowmem_grpo.rewards.math import MathReward
+from lowmem_grpo.rewards.number import answer_number, number_reward
+from lowmem_grpo.rewards.user import load_function, load_module
+from lowmem_grpo.tasks.base import Task
+
+__all__ = ["Reward", "Scores", "load_rewards", "score"]
+
+_KNOWN = ("number", "math", "task", "format")
+_FORMS = "number, math, task, format:REGEX, FILE.py:function"
+
+
+def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Task) -> list[Reward]:
+    """The rewards that `specs` name, or the task's default ones where there are none; weights are 1
+    unless given.
+
+    Names in the log are `number`, `math`, `task`, `format` or the function's; a second reward of
+    the same name gets `_2`, and so on. Raises `ConfigError` for a reward that is unknown, cannot be
+    loaded, does not suit the task's problems or is named twice, and for weights that are not one
+    finite number each.
+    """
+    specs = list(specs) or list(task.default_rewards)
+    weights = [1.0] * len(specs) if weights is None else list(weights)
+    if len(weights) != len(specs):
+        raise ConfigError(
+            f"{len(weights)} reward weights for {len(specs)} rewards ({', '.join(specs)}): "
+            "give one for each"
+        )
+    modules: dict[str, ModuleType] = {}
+    names: list[str] = []
+    rewards = []
+    for i, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
+        if spec in specs[:i]:
+            raise ConfigError(
+                f"reward '{spec}' is given twice: give it once, with the weight that you want"
+            )
+        if not isfinite(weight):
+            raise ConfigError(f"the weight of reward '{spec}' is {weight}: use a finite number")
+        name, function = _load(spec, task, modules)
+        names.append(_unused(name, names))
+        rewards.append(Reward(names[-1], float(weight), function))
+    return rewards
+
+
+def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, RewardFunction]:
+    if spec == "number":
+        _check_numbers(task)
+        return spec, number_reward
+    if spec == "math":
+        return spec, MathReward()
+    if spec == "task":
+        return spec, _task_reward(task)
+    kind, _, rest = spec.partition(":")
+    if kind == "format":
+        return kind, format_reward(rest)
+    path, colon, name = spec.rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise ConfigError(f"reward '{spec}' names a file but no function: write {spec}:NAME")
+    if not path.endswith(".py"):
+        raise ConfigError(
+            f"unknown reward '{spec}'{nearest(kind, _KNOWN)}; the rewards are: {_FORMS}"
+        )
+    # One module for all functions of a file: what it loads, it loads once, for all of them.
+    if path not in modules:
+        modules[path] = load_module(path)
+    fields = fields_of([task.train_problem(0)])
+    return name, load_function(spec, modules[path], fields)
+
+
+def _task_reward(task: Task) -> RewardFunction:
+    def task_score(completions: list[str], problems: list, **_: Any) -> list[float]:
+        return [
+            task.score(problem, text) for problem, text in zip(problems, completions, strict=True)
+        ]
+
+    return task_score
+
+
+def _check_numbers(task: Task) -> None:
+    for where, answer in task.known_answers():
+        if answer_number(answer) is None:
+            raise ConfigError(
+                f"reward 'number' needs numbers as answers, and {where} has {answer!r:.60}: "
+                "use the reward math, task or a function of your own"
+            )
+
+
+def _unused(name: str, taken: list[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate

@@ -1,0 +1,121 @@
+"""The reward `FILE.py:function`: a user's own function, loaded from a file by its path.
+
+The function has the signature of `rewards/base.py`. It may leave out `**fields`: it then gets the
+fields that it names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lowmem_grpo.errors import ConfigError, nearest
+from lowmem_grpo.rewards.base import RewardFunction
+from lowmem_grpo.tasks.base import stable_hash
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def load_module(path: str) -> ModuleType:
+    """Runs the file at `path` as a module. Raises `ConfigError` where it is missing or fails."""
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise ConfigError(f"reward file {path}: there is no such file")
+    # The path is part of the name: two files rewards.py are two modules, and hide no installed one.
+    name = f"lowmem_grpo_user_{stable_hash(str(file)):016x}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    # Known before it runs: dataclasses and pickle look their module up by name.
+    sys.modules[name] = module
+    # The file may import its neighbours. Last on the path, where none of them can hide a package.
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ConfigError(
+            f"reward file {path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def load_function(spec: str, module: ModuleType, fields: Collection[str]) -> RewardFunction:
+    """The function that `spec` (FILE.py:function) names in `module`, for problems that carry
+    `fields`.
+
+    Raises `ConfigError` where it is not there, cannot be called with `completions`, or needs a
+    field that is not in `fields`.
+    """
+    path, _, name = spec.rpartition(":")
+    function = getattr(module, name, None)
+    if function is None:
+        there = _functions(module)
+        raise ConfigError(
+            f"reward file {path} has no function '{name}'{nearest(name, there)}; "
+            f"it has: {', '.join(there) or 'no functions'}"
+        )
+    if not callable(function):
+        raise ConfigError(f"reward '{spec}': {name} is not a function but {function!r:.60}")
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"reward '{spec}' is an async function; use a plain one")
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # some functions written in C do not tell
+        raise ConfigError(
+            f"reward '{spec}': its parameters cannot be read; wrap it in a def"
+        ) from error
+    return _accepting(spec, function, parameters, fields)
+
+
+def _accepting(
+    spec: str,
+    function: Callable[..., Any],
+    parameters: Any,
+    fields: Collection[str],
+) -> RewardFunction:
+    kinds = [parameter.kind for parameter in parameters.values()]
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+    named = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
+    if "completions" not in named and not takes_all:
+        raise ConfigError(
+            f"reward '{spec}' does not take 'completions': write def NAME(completions, **fields)"
+        )
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (*_NAMED, inspect.Parameter.POSITIONAL_ONLY)
+    ]
+    for name in needed:
+        if name not in named:
+            raise ConfigError(
+                f"reward '{spec}': '{name}' cannot be given by name; remove the / after it"
+            )
+        if name != "completions" and name not in fields:
+            raise ConfigError(
+                f"reward '{spec}' needs '{name}'{nearest(name, fields)}, which the problems do not "
+                f"have; they have: {', '.join(fields)}"
+            )
+    if takes_all:
+        return function
+
+    def with_named_fields(**fields: Any) -> list[float]:
+        return function(**{name: fields[name] for name in named if name in fields})
+
+    return with_named_fields
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]

@@ -1,0 +1,36 @@
+"""Where problems come from. `load_task` turns a specification such as `arithmetic:digits=2` into a
+`Task`.
+"""
+
+from __future__ import annotations
+
+from lowmem_grpo.errors import TaskError, nearest
+from lowmem_grpo.tasks.base import Problem, Task, TaskOptions
+
+__all__ = ["Problem", "Task", "TaskOptions", "load_task"]
+
+_KNOWN = ("arithmetic", "reasoning_gym", "records")
+_FORMS = "arithmetic[:digits=N,ops=+-*,terms=N], reasoning_gym:NAME[:key=value,...], records:PATH"
+
+
+def load_task(spec: str, *, seed: int, options: TaskOptions | None = None) -> Task:
+    """The task that `spec` names, with training problems in the order of `seed`.
+
+    Raises `TaskError` for an unknown name, wrong options, an unreadable file or a missing package.
+    """
+    # Imported when chosen: a task may need packages that others do not.
+    options = options or TaskOptions()
+    kind, _, rest = spec.partition(":")
+    if kind == "arithmetic":
+        from lowmem_grpo.tasks.arithmetic import Arithmetic
+
+        return Arithmetic(rest, seed=seed, options=options)
+    if kind == "reasoning_gym":
+        from lowmem_grpo.tasks.reasoning_gym import ReasoningGym
+
+        return ReasoningGym(rest, seed=seed, options=options)
+    if kind == "records":
+        from lowmem_grpo.tasks.records import Records
+
+        return Records(rest, seed=seed, options=options)
+    raise TaskError(f"unknown task '{spec}'{nearest(kind, _KNOWN)}; the tasks are: {_FORMS}")

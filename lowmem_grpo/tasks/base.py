@@ -1,0 +1,134 @@
+"""What a problem is and what a task offers: the contract between `tasks/` and everything behind it.
+
+A task is read by position. `train_problem(index)` depends on (task seed, index) and on nothing that
+happened before, so a resumed run needs no more than its counter. Which problems are held out
+depends on their content and never on the seed: a model trained with one seed can be evaluated under
+another without meeting a problem that it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem_grpo.errors import TaskError, nearest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its answer.
+
+    id: names the problem in logs and errors; the same problem has the same id in every run.
+    messages: the prompt as chat messages, each `{"role": str, "content": str}`.
+    answer: the reference answer as text; empty where a task can score without one.
+    fields: every other column that a reward may want, by name.
+    """
+
+    id: str
+    messages: tuple[dict[str, Any], ...]
+    answer: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Settings that are not part of a task's specification.
+
+    system_prompt: put before every prompt that does not bring a system message of its own.
+    prompt_column, answer_column: the columns of `records:PATH`.
+    eval_fraction: the part of the rows of `records:PATH` that is held out, at least 0 and below 1.
+    eval_path: a file of held-out problems for `records:PATH`; `eval_fraction` is then not used.
+    """
+
+    system_prompt: str | None = None
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    eval_fraction: float = 0.1
+    eval_path: str | None = None
+
+
+class Task(ABC):
+    """Where problems come from, and how their answers are checked.
+
+    name: the task as it is shown in logs.
+    default_rewards: reward specifications for a user who names none.
+    """
+
+    name: str
+    default_rewards: tuple[str, ...]
+
+    @abstractmethod
+    def train_problem(self, index: int) -> Problem:
+        """The training problem at `index` (0 or more, without end), a pure function of (task seed,
+        index).
+        """
+
+    @abstractmethod
+    def eval_problems(self, count: int) -> list[Problem]:
+        """The first `count` held-out problems, none of them twice and none ever trained on.
+
+        Always the same ones, whatever the seed. Shorter than `count` where the task does not have
+        so many.
+        """
+
+    @abstractmethod
+    def is_correct_strict(self, problem: Problem, text: str) -> bool:
+        """Whether the completion `text` is right and in the form that was asked for."""
+
+    @abstractmethod
+    def is_correct_lenient(self, problem: Problem, text: str) -> bool:
+        """Whether the right answer can be found in the completion `text`, whatever surrounds it."""
+
+    def score(self, problem: Problem, text: str) -> float:
+        """The task's own score of a completion, the reward `task`: 1.0 where it is strictly
+        correct, else 0.0.
+        """
+        return float(self.is_correct_strict(problem, text))
+
+    def known_answers(self) -> Iterable[tuple[str, str]]:
+        """(where, answer) of the answers that can be looked at before training: all of them, or a
+        first example.
+        """
+        problem = self.train_problem(0)
+        yield problem.id, problem.answer
+
+
+def chat(question: str, system_prompt: str | None) -> tuple[dict[str, str], ...]:
+    """`question` as the messages of a chat, after the system prompt if there is one."""
+    user = {"role": "user", "content": question}
+    return ({"role": "system", "content": system_prompt}, user) if system_prompt else (user,)
+
+
+def stable_hash(*parts: int | str) -> int:
+    """A 64-bit hash that is the same in every process, Python version and machine, which `hash()`
+    is not.
+    """
+    # repr keeps the parts apart: ("ab", "c") and ("a", "bc") differ, and so do 1 and "1". Lone
+    # surrogates come with JSON escapes and must not stop the hash.
+    text = repr(parts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def parse_options(text: str, known: Iterable[str], task: str) -> dict[str, str]:
+    """`"a=1,b=2"` as a dictionary of texts.
+
+    Raises `TaskError` for an option that is not in `known`, is given twice or has no value.
+    """
+    known = list(known)
+    options: dict[str, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in known:
+            raise TaskError(
+                f"task '{task}' has no option '{key}'{nearest(key, known)}; "
+                f"it has: {', '.join(known)}"
+            )
+        if not equals or not value:
+            raise TaskError(f"option '{key}' of task '{task}' needs a value: write {key}=VALUE")
+        if key in options:
+            raise TaskError(f"option '{key}' of task '{task}' is given twice")
+        options[key] = value
+    return options

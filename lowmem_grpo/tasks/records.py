@@ -1,0 +1,225 @@
+"""The task `records:PATH`: problems from a jsonl, CSV or parquet file with a prompt and an answer
+column.
+
+The whole file is checked when the task is made. Which rows are held out follows from a hash of the
+prompt, so rows with the same prompt are on the same side, and a row stays on its side when the file
+grows or the seed changes. An epoch is a permutation of the training rows that belongs to (seed,
+epoch); it is computed position by position and never stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any
+
+from lowmem_grpo.errors import TaskError, nearest
+from lowmem_grpo.tasks.answers import contains_answer, equals_text, final_answer, parse_number
+from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, stable_hash
+from lowmem_grpo.tasks.tables import Table, open_table
+
+
+class Records(Task):
+    """See the module. Raises `TaskError` for a file that cannot be used, naming the row and the
+    column.
+
+    num_train, num_eval: how many rows are on either side.
+    num_excluded: training rows left out because `eval_path` has the same prompt.
+    """
+
+    def __init__(self, path: str, *, seed: int, options: TaskOptions) -> None:
+        if not path:
+            raise TaskError("records needs a file: write records:PATH, like records:problems.jsonl")
+        if not 0 <= options.eval_fraction < 1:
+            raise TaskError(
+                f"task.eval_fraction = {options.eval_fraction}: use a number from 0 to below 1"
+            )
+        self.name = f"records:{path}"
+        self._seed = seed
+        source = _Source(path, options)
+        if options.eval_path:
+            self._eval_source = _Source(options.eval_path, options)
+            held = set(self._eval_source.hashes)
+        else:
+            self._eval_source = source
+            held = _held_out(source.hashes, options.eval_fraction)
+        self._source = source
+        # Of held-out rows with the same prompt the first counts; training takes them all.
+        first = {h: i for i, h in reversed(list(enumerate(self._eval_source.hashes))) if h in held}
+        self._eval_rows = array("Q", sorted(first.values()))
+        self._train_rows = array("Q", (i for i, h in enumerate(source.hashes) if h not in held))
+        self.num_train, self.num_eval = len(self._train_rows), len(self._eval_rows)
+        self.num_excluded = len(source) - self.num_train if options.eval_path else 0
+        if not self._train_rows:
+            raise TaskError(
+                f"{path}: no row is left to train on, {options.eval_path} has every prompt of it"
+            )
+        numeric = source.numeric and self._eval_source.numeric
+        self.default_rewards = ("number",) if numeric else ("task",)
+
+    def train_problem(self, index: int) -> Problem:
+        """See `Task`. Every training row comes once in an epoch."""
+        epoch, position = divmod(index, self.num_train)
+        place = _permuted(position, self.num_train, stable_hash("epoch", self._seed, epoch))
+        return self._source.problem(self._train_rows[place])
+
+    def eval_problems(self, count: int) -> list[Problem]:
+        """See `Task`. In an order of its own, which mixes the file."""
+        rows = self._eval_rows
+        order = (_permuted(i, len(rows), stable_hash("eval")) for i in range(min(count, len(rows))))
+        return [self._eval_source.problem(rows[place]) for place in order]
+
+    def is_correct_strict(self, problem: Problem, text: str) -> bool:
+        """The completion is the answer and nothing more; a full stop may follow."""
+        return equals_text(text, final_answer(problem.answer))
+
+    def is_correct_lenient(self, problem: Problem, text: str) -> bool:
+        """The completion's last number is the answer, or the answer stands in it as words."""
+        return contains_answer(text, final_answer(problem.answer))
+
+    def known_answers(self) -> Iterable[tuple[str, str]]:
+        """See `Task`: of all rows."""
+        for source in dict.fromkeys((self._source, self._eval_source)):
+            yield from source.answers()
+
+
+class _Source:
+    """One checked file, read as problems. `hashes` has one hash a row, of its prompt; `numeric`
+    says whether all answers are numbers.
+    """
+
+    def __init__(self, path: str, options: TaskOptions) -> None:
+        self._path = path
+        self._options = options
+        self._table: Table = open_table(path)
+        for setting in ("prompt_column", "answer_column"):
+            self._check_column(setting, getattr(options, setting))
+        self.hashes = array("Q")
+        self.numeric = True
+        for number in range(len(self)):
+            row = self._table.row(number)
+            messages = self._messages(number, row)
+            self.hashes.append(stable_hash(json.dumps(messages, sort_keys=True)))
+            answer = self._answer(number, row)
+            self.numeric = self.numeric and parse_number(final_answer(answer)) is not None
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def problem(self, number: int) -> Problem:
+        row = self._table.row(number)
+        messages = self._messages(number, row)
+        if self._options.system_prompt and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": self._options.system_prompt}, *messages)
+        # The answer column keeps its own name too: a reward written for this file may ask for it.
+        fields = {
+            name: value
+            for name, value in row.items()
+            if name not in ("answer", self._options.prompt_column)
+        }
+        return Problem(
+            id=f"{self._path}/{self._table.where(number)}",
+            messages=messages,
+            answer=self._answer(number, row),
+            fields=fields,
+        )
+
+    def answers(self) -> Iterable[tuple[str, str]]:
+        for number in range(len(self)):
+            where = f"{self._path}, {self._table.where(number)}"
+            yield where, self._answer(number, self._table.row(number))
+
+    def _check_column(self, setting: str, column: str) -> None:
+        columns = self._table.columns
+        if column not in columns:
+            raise TaskError(
+                f"{self._path} has no column '{column}'{nearest(column, columns)}; it has: "
+                f"{', '.join(columns)}. Choose one with task.{setting}"
+            )
+
+    def _cell(self, number: int, row: dict[str, Any], column: str) -> Any:
+        if column not in row:
+            self._fail(number, f"has no '{column}', only: {', '.join(row)}")
+        value = row[column]
+        nothing = value is None or value == [] or (isinstance(value, str) and not value.strip())
+        if nothing or (isinstance(value, float) and not math.isfinite(value)):
+            self._fail(number, f"has {value!r} as its '{column}'")
+        return value
+
+    def _messages(self, number: int, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+        column = self._options.prompt_column
+        prompt = self._cell(number, row, column)
+        if isinstance(prompt, str):
+            return chat(prompt, None)
+        if not isinstance(prompt, list):
+            self._fail(
+                number,
+                f"has {prompt!r:.60} as its '{column}', not a text or a list of chat messages",
+            )
+        for message in prompt:
+            if not isinstance(message, dict) or not all(
+                isinstance(message.get(key), str) and message[key].strip()
+                for key in ("role", "content")
+            ):
+                self._fail(
+                    number,
+                    f"has a message in '{column}' without a role and a content in text: "
+                    f"{message!r:.60}",
+                )
+        if prompt[-1]["role"] in ("assistant", "system"):
+            self._fail(
+                number,
+                f"has a '{column}' that ends with a message of the "
+                f"{prompt[-1]['role']}, not of the user",
+            )
+        return tuple(prompt)
+
+    def _answer(self, number: int, row: dict[str, Any]) -> str:
+        value = self._cell(number, row, self._options.answer_column)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (float, Decimal)):
+            # Never 1e-05, and 72 for 72.0: what a model would write.
+            whole = value == int(value)
+            return str(int(value)) if whole else format(Decimal(str(value)), "f")
+        return (
+            json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+        )
+
+    def _fail(self, number: int, what: str) -> None:
+        raise TaskError(f"{self._path}, {self._table.where(number)} {what}")
+
+
+def _held_out(hashes: Iterable[int], fraction: float) -> set[int]:
+    """The hashes on the held-out side: those in the lowest `fraction` of the range of hashes.
+
+    A small file can fall on one side as a whole. Then the lowest hash alone is held out, or the
+    highest alone is trained on; a file with one prompt has nothing to hold out.
+    """
+    different = sorted(set(hashes))
+    if fraction == 0 or len(different) == 1:
+        return set()
+    held = {value for value in different if value < fraction * 2**64}
+    return (held or {different[0]}) - {different[-1]}
+
+
+def _permuted(position: int, size: int, key: int) -> int:
+    """Where `position` goes in the permutation of `range(size)` that belongs to `key`.
+
+    A Feistel network of four rounds permutes the smallest square of a power of two that holds
+    `size`; a value beyond `size` is sent through again until it falls inside (cycle walking), which
+    keeps it a permutation (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method
+    2).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for round_number in range(4):
+            left, right = right, left ^ (stable_hash(key, round_number, right) & mask)
+        position = left << half | right
+        if position < size:
+            return position

@@ -1,0 +1,198 @@
+"""`load_rewards`: specifications, weights, names, and users' files that are wrong in every way."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+
+from lowmem_grpo.errors import ConfigError, RewardError
+from lowmem_grpo.rewards import load_rewards, score
+from lowmem_grpo.rewards import math as math_module
+from lowmem_grpo.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task("arithmetic", seed=0)
+
+
+@pytest.fixture
+def rewards_file(tmp_path):
+    def write(source, name="mine.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(source))
+        return path
+
+    return write
+
+
+def scores_of(specs, task, texts, weights=None):
+    problems = [task.train_problem(i) for i in range(len(texts))]
+    return score(load_rewards(specs, weights, task), texts, problems)
+
+
+def test_the_tasks_own_rewards_are_used_where_none_is_named(task):
+    assert [(r.name, r.weight) for r in load_rewards([], None, task)] == [("number", 1.0)]
+
+
+def test_several_rewards_with_weights(task):
+    answers = [task.train_problem(i).answer for i in range(3)]
+    texts = [answers[0], f"The answer is {answers[1]}.", "no"]
+    scores = scores_of(["number", r"format:-?\d+", "task"], task, texts, [1.0, 0.5, -2])
+    assert scores.by_name == {"number": [1, 1, 0], "format": [1, 0, 0], "task": [1, 0, 0]}
+    assert scores.total == [-0.5, 1.0, 0.0]
+
+
+def test_format_matches_the_whole_completion(task):
+    texts = ["<a>x\ny</a>", " <a></a>\n", "say <a></a>", "<a></a> ok"]
+    assert scores_of(["format:<a>.*</a>"], task, texts).total == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_rewards_of_one_kind_get_names_of_their_own(task, rewards_file):
+    path = rewards_file("def format(completions, **fields): return [2.0] * len(completions)")
+    rewards = load_rewards(["format:a:b", "format:c", f"{path}:format"], None, task)
+    assert [r.name for r in rewards] == ["format", "format_2", "format_3"]
+    assert score(rewards, ["a:b"], [task.train_problem(0)]).total == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("specs", "weights", "says"),
+    [
+        (["numbr"], None, "did you mean 'number'"),
+        (["maths"], None, "did you mean 'math'"),
+        (["formt:x"], None, "did you mean 'format'"),
+        (["mine.txt:f"], None, "FILE.py:function"),
+        (["format"], None, "format:REGEX"),
+        (["format:(a"], None, "position 0"),
+        (["format:ab**"], None, "position 3"),
+        (["mine.py"], None, "mine.py:NAME"),
+        (["gone.py:f"], None, "gone.py: there is no such file"),
+        (["number", "number"], None, "twice"),
+        (["number", "task"], [1.0], "1 reward weights for 2 rewards"),
+        (["number"], [], "0 reward weights"),
+        (["number"], [float("nan")], "nan"),
+    ],
+)
+def test_wrong_specifications_name_the_value(task, specs, weights, says):
+    with pytest.raises(ConfigError) as caught:
+        load_rewards(specs, weights, task)
+    assert says in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_number_refuses_answers_that_are_no_numbers_before_training(tmp_path):
+    path = tmp_path / "r.jsonl"
+    rows = [json.dumps({"prompt": str(i), "answer": str(i)}) for i in range(50)]
+    path.write_text("\n".join([*rows, '{"prompt": "x", "answer": "Paris"}']))
+    with pytest.raises(ConfigError, match=r"line 51.*'Paris'"):
+        load_rewards(["number"], None, load_task(f"records:{path}", seed=0))
+
+
+def test_a_users_function_gets_what_it_names(task, rewards_file):
+    path = rewards_file(
+        """
+        import helper_beside_it
+        def named(completions, answer, expression, *, missing=7):
+            return [missing + (len(answer) == len(expression) == 1)] * len(completions)
+        def everything(**fields):
+            return [len(set(fields) & {"completions", "answer", "prompts", "operands"})] * 2
+        class Scorer:
+            def __call__(self, completions, **kwargs):
+                return [helper_beside_it.VALUE] * len(completions)
+        scorer = Scorer()
+        """
+    )
+    rewards_file("VALUE = 0.25", "helper_beside_it.py")
+    names = ["named", "everything", "scorer"]
+    scores = scores_of([f"{path}:{name}" for name in names], task, ["a", "b"])
+    assert scores.by_name == {"named": [7, 7], "everything": [4, 4], "scorer": [0.25, 0.25]}
+
+
+def test_functions_of_one_file_share_its_state_and_files_of_one_name_do_not(task, tmp_path):
+    source = """if True:
+        import sys
+        calls = []
+        def f(completions, **_): calls.append(1); return [len(calls)]
+        def g(completions): return [len(sys.modules[__name__].calls)]
+    """
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "random.py").write_text(source)
+    a, b = tmp_path / "a" / "random.py", tmp_path / "b" / "random.py"
+    scores = scores_of([f"{a}:f", f"{a}:g", f"{b}:g"], task, ["x"])
+    assert list(scores.by_name.values()) == [[1.0], [1.0], [0.0]]
+    import random
+
+    assert random.__file__ not in (str(a), str(b))
+
+
+FILE = """
+from math import sqrt
+score_limit = 3
+def lengths(completions, **fields): return [0.0] * len(completions)
+def _private(completions): return []
+def wants(completions, solution): return []
+def no_texts(texts, answer): return []
+def by_place(completions, /, **fields): return []
+async def later(completions, **fields): return []
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("length", ["no function 'length'", "did you mean 'lengths'", "lengths, wants"]),
+        ("", ["no function ''", "lengths"]),
+        ("score_limit", ["not a function but 3"]),
+        ("wants", ["needs 'solution'", "answer", "prompts", "operands"]),
+        ("no_texts", ["does not take 'completions'"]),
+        ("sqrt", ["completions"]),
+        ("by_place", ["'completions'", "/"]),
+        ("later", ["async"]),
+    ],
+)
+def test_functions_that_cannot_be_used(task, rewards_file, name, says):
+    path = rewards_file(FILE)
+    with pytest.raises(ConfigError) as caught:
+        load_rewards([f"{path}:{name}"], None, task)
+    for part in says:
+        assert part in str(caught.value), str(caught.value)
+    assert "_private" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("import there_is_no_such_package", "there_is_no_such_package"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(0)", "SystemExit"),
+        ("x = '\0'", "SyntaxError"),
+    ],
+)
+def test_files_that_do_not_load(task, rewards_file, source, says):
+    with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+        load_rewards([f"{rewards_file(source)}:f"], None, task)
+    assert says in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_directory_is_not_a_reward_file(task, tmp_path):
+    (tmp_path / "dir.py").mkdir()
+    with pytest.raises(ConfigError, match="no such file"):
+        load_rewards([f"{tmp_path}/dir.py:f"], None, task)
+
+
+def test_an_error_in_a_users_file_names_its_line(task, rewards_file):
+    path = rewards_file("def f(completions, **_):\n    return [1 / 0]\n")
+    with pytest.raises(RewardError, match=r"mine\.py, line 2"):
+        scores_of([f"{path}:f"], task, ["x"])
+
+
+def test_math_without_its_package_names_the_command(task, monkeypatch):
+    monkeypatch.setattr(math_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        load_rewards(["math"], None, task)
+    assert 'pip install "lowmem-grpo[tasks]"' in str(caught.value)

@@ -1,0 +1,248 @@
+"""Records from files: formats, prompts, the split, the order, and files that cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem_grpo.errors import TaskError
+from lowmem_grpo.tasks import TaskOptions, load_task
+from lowmem_grpo.tasks.records import _permuted
+
+
+def rows_of(count):
+    return [
+        {"prompt": f"What is {i} + 1?", "answer": str(i + 1), "level": i % 3} for i in range(count)
+    ]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, rows):
+    table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    return path
+
+
+def load(path, *, seed=0, **options):
+    return load_task(f"records:{path}", seed=seed, options=TaskOptions(**options))
+
+
+@pytest.fixture
+def hundred(tmp_path):
+    return write_jsonl(tmp_path / "hundred.jsonl", rows_of(100))
+
+
+def test_jsonl_csv_and_parquet_give_the_same_problems(tmp_path):
+    rows = [
+        {"prompt": 'Say "yes", twice\nor once', "answer": "007", "note": "\u00fc\u2028x"},
+        {"prompt": "Second", "answer": "1,5", "note": ""},
+        {"prompt": "Third", "answer": "c", "note": "z"},
+    ]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", rows)
+    jsonl.write_bytes(b"\xef\xbb\xbf" + jsonl.read_bytes().replace(b"\n", b"\r\n"))
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_parquet(tmp_path / "a.parquet", rows)
+    expected = sorted((r["prompt"], r["answer"], r["note"]) for r in rows)
+    for path in (jsonl, tmp_path / "a.csv", tmp_path / "a.parquet"):
+        task = load(path, eval_fraction=0)
+        problems = [task.train_problem(i) for i in range(3)]
+        got = sorted((p.messages[0]["content"], p.answer, p.fields["note"]) for p in problems)
+        assert got == expected, path
+
+
+def test_chat_prompts_keep_their_messages_and_their_system_prompt(tmp_path):
+    user = {"role": "user", "content": "2+2?"}
+    own = {"role": "system", "content": "Own."}
+    rows = [{"prompt": [user], "answer": "4"}, {"prompt": [own, user], "answer": "4"}]
+    task = load(
+        write_parquet(tmp_path / "chat.parquet", rows), eval_fraction=0, system_prompt="Ours."
+    )
+    messages = sorted((task.train_problem(i).messages for i in range(2)), key=str)
+    ours = {"role": "system", "content": "Ours."}
+    assert messages == sorted([(ours, user), (own, user)], key=str)
+
+
+def test_every_training_row_comes_once_in_an_epoch_in_another_order_each_time(hundred):
+    task = load(hundred)
+    size = task.num_train
+    epochs = [[task.train_problem(e * size + i).id for i in range(size)] for e in range(3)]
+    assert all(len(set(ids)) == size for ids in epochs)
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [load(hundred, seed=1).train_problem(i).id for i in range(size)]
+    again = load(hundred)
+    assert [again.train_problem(i).id for i in (size, 3, 0)] == [
+        epochs[1][0],
+        epochs[0][3],
+        epochs[0][0],
+    ]
+
+
+def test_the_split_is_disjoint_keeps_repeats_together_and_ignores_the_seed(tmp_path):
+    rows = rows_of(200) + [{"prompt": "What is 7 + 1?", "answer": "eight"}] * 3 + rows_of(200)
+    path = write_jsonl(tmp_path / "r.jsonl", rows)
+    task, other = load(path, eval_fraction=0.25), load(path, eval_fraction=0.25, seed=9)
+    held = [p.messages for p in task.eval_problems(1000)]
+    trained = {str(task.train_problem(i).messages) for i in range(task.num_train)}
+    assert len(held) == task.num_eval
+    assert 25 <= task.num_eval <= 75
+    assert len({str(m) for m in held}) == len(held)
+    assert not trained & {str(m) for m in held}
+    assert len(trained) + len(held) == 200
+    assert task.eval_problems(20) == other.eval_problems(20) == task.eval_problems(1000)[:20]
+
+
+def test_a_row_stays_on_its_side_when_the_file_grows(tmp_path, hundred):
+    small = {p.messages for p in map(_hashable, load(hundred).eval_problems(100))}
+    grown = load(write_jsonl(tmp_path / "grown.jsonl", rows_of(300)))
+    trained = {_hashable(grown.train_problem(i)).messages for i in range(grown.num_train)}
+    assert small
+    assert not small & trained
+
+
+def _hashable(problem):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(messages=str(problem.messages))
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(2, 0.001), (2, 0.999), (3, 0.5), (7, 0.1)])
+def test_small_files_have_both_sides(tmp_path, count, fraction):
+    task = load(write_jsonl(tmp_path / "s.jsonl", rows_of(count)), eval_fraction=fraction)
+    assert task.num_train >= 1
+    assert task.num_eval >= 1
+    assert task.num_train + task.num_eval == count
+
+
+def test_one_row_is_trained_on_and_nothing_is_held_out(tmp_path):
+    task = load(write_jsonl(tmp_path / "one.jsonl", rows_of(1)))
+    assert task.train_problem(5).answer == "1"
+    assert task.eval_problems(3) == []
+
+
+def test_an_eval_file_is_kept_out_of_training(tmp_path, hundred):
+    held = write_jsonl(tmp_path / "held.jsonl", rows_of(105)[95:])
+    task = load(hundred, eval_path=str(held))
+    assert (task.num_train, task.num_eval, task.num_excluded) == (95, 10, 5)
+    with pytest.raises(TaskError, match="no row is left to train on"):
+        load(hundred, eval_path=str(hundred))
+
+
+def test_a_running_task_does_not_notice_that_its_file_changes(hundred):
+    task = load(hundred)
+    before = [task.train_problem(i) for i in range(10)]
+    hundred.write_text("{}\n")
+    assert [task.train_problem(i) for i in range(10)] == before
+
+
+def test_other_columns_become_fields_and_a_renamed_answer_keeps_its_name(tmp_path):
+    rows = [{"q": "2*2?", "solution": 4.0, "answer": "old", "tests": [1, {"a": None}]}]
+    task = load(
+        write_jsonl(tmp_path / "f.jsonl", rows), prompt_column="q", answer_column="solution"
+    )
+    problem = task.train_problem(0)
+    assert problem.answer == "4"
+    assert problem.fields == {"solution": 4.0, "tests": [1, {"a": None}]}
+    assert task.default_rewards == ("number",)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(72.0, "72"), (1e-5, "0.00001"), (-3, "-3"), ([1, "\u00fc"], '[1, "\u00fc"]'), (True, "True")],
+)
+def test_answers_become_text(tmp_path, value, text):
+    path = write_jsonl(tmp_path / "v.jsonl", [{"prompt": "p", "answer": value}])
+    assert load(path).train_problem(0).answer == text
+
+
+def test_strict_lenient_and_default_reward(tmp_path):
+    gsm = load(write_jsonl(tmp_path / "g.jsonl", [{"prompt": "p", "answer": "6*7\n#### 1,042"}]))
+    problem = gsm.train_problem(0)
+    assert gsm.default_rewards == ("number",)
+    assert gsm.is_correct_strict(problem, "1,042.")
+    assert not gsm.is_correct_strict(problem, "= 1042")
+    assert gsm.is_correct_lenient(problem, "it is $1042.00.")
+    words = load(write_jsonl(tmp_path / "w.jsonl", [{"prompt": "p", "answer": "Paris"}]))
+    problem = words.train_problem(0)
+    assert words.default_rewards == ("task",)
+    assert [words.score(problem, t) for t in (" Paris.", "It is Paris")] == [1.0, 0.0]
+    assert words.is_correct_lenient(problem, "it is PARIS!")
+
+
+BAD = {
+    "no_rows.jsonl": (b"", ["no rows"]),
+    "blank.jsonl": (b"\n \r\n", ["no rows"]),
+    "header.csv": (b"prompt,answer\n", ["no rows"]),
+    "empty.csv": (b"", ["no rows"]),
+    "typo.jsonl": (
+        b'{"promt": "a", "answer": "b"}',
+        ["'prompt'", "did you mean 'promt'", "task.prompt_column"],
+    ),
+    "answer.csv": (b"prompt,label\na,b\n", ["'answer'", "prompt, label", "task.answer_column"]),
+    "row.jsonl": (b'{"prompt":"a","answer":"b"}\n\n{"prompt":"a"}', ["line 3", "'answer'"]),
+    "null.jsonl": (b'{"prompt":"a","answer":null}', ["line 1", "None", "'answer'"]),
+    "nan.jsonl": (b'{"prompt":"a","answer":NaN}', ["line 1", "nan"]),
+    "spaces.csv": (b'prompt,answer\nq,1\n"  ",2\n', ["line 3", "'prompt'"]),
+    "list.jsonl": (b'["prompt"]', ["line 1", "not a JSON object"]),
+    "array.json": (b'[\n{"prompt":"a","answer":"b"}\n]', ["line 1", "one object a line"]),
+    "broken.jsonl": (b'{"prompt":"a","answer":"b"}\n{"prompt"', ["line 2", "not JSON"]),
+    "deep.jsonl": (b"[" * 100_000, ["line 1", "not JSON"]),
+    "digits.jsonl": (b'{"prompt":"a","answer":' + b"9" * 5000 + b"}", ["line 1", "not JSON"]),
+    "latin.jsonl": (b'{"prompt":"\xfc","answer":"b"}', ["UTF-8", "0xfc"]),
+    "latin.csv": (b"prompt,answer\n\xfc,b\n", ["UTF-8"]),
+    "cells.csv": (b"prompt,answer\na,b\nWhat, sir?,b\n", ["line 3", "3 cells", "double quotes"]),
+    "quote.csv": (b'prompt,answer\n"a,b\n', ["not CSV"]),
+    "twice.csv": (b"prompt,answer,answer\na,b,c\n", ["twice"]),
+    "fake.parquet": (b"PAR1 not really", ["not a parquet file"]),
+    "rows.xlsx": (b"", [".xlsx", ".jsonl"]),
+    "number.jsonl": (b'{"prompt":3,"answer":"b"}', ["line 1", "list of chat messages"]),
+    "nochat.jsonl": (b'{"prompt":[],"answer":"b"}', ["line 1", "'prompt'"]),
+    "role.jsonl": (b'{"prompt":[{"content":"a"}],"answer":"b"}', ["line 1", "role"]),
+    "reply.jsonl": (
+        b'{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"answer":"b"}',
+        ["line 1", "assistant"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_cannot_be_used_says_what_and_where(tmp_path, name):
+    content, says = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TaskError) as caught:
+        load(tmp_path / name)
+    message = str(caught.value)
+    assert name in message
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(tmp_path))
+    for part in says:
+        assert part in message, message
+
+
+def test_missing_files_directories_and_fractions(tmp_path, hundred):
+    with pytest.raises(TaskError, match="No such file"):
+        load(tmp_path / "gone.jsonl")
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(TaskError, match="directory"):
+        load(tmp_path / "d.jsonl")
+    with pytest.raises(TaskError, match="records:PATH"):
+        load_task("records:", seed=0)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(TaskError, match="eval_fraction"):
+            load(hundred, eval_fraction=fraction)
+
+
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
+def test_permuted_is_a_permutation(size, key):
+    assert sorted(_permuted(i, size, key) for i in range(size)) == list(range(size))
