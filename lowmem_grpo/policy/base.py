@@ -1,0 +1,192 @@
+"""The policy: one NF4 base with LoRA adapters, in every role that GRPO needs.
+
+There is one copy of the weights. Which role it plays is a matter of the adapters:
+
+    role                 method                          adapters  gradients
+    reference            `with policy.as_reference():`   off       no
+    old policy, sampler  `with policy.as_sampler():`     on        no
+    trainable policy     `with policy.as_trainable():`   on        yes
+
+Outside every `with` the policy is trainable. A role ends with its block, also when the block
+raises.
+
+Linear layers are NF4 with double quantisation (Dettmers et al., arXiv 2305.14314); embedding, norms
+and head stay in the compute dtype; adapters are float32. The model is never put in eval mode: on a
+CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight in place at its first eval forward, into a
+format without a backward pass, and gradients would silently stop there. Dropout, the other thing
+that train mode means, is set to zero.
+
+`hidden`, then `score`, is the whole forward pass: trunk over packed tokens, then the tiled head
+over those rows alone whose next token counts.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+from lowmem_grpo.errors import ModelError
+from lowmem_grpo.policy.activations import set_checkpointing
+from lowmem_grpo.policy.attention import PackedLayout
+from lowmem_grpo.policy.logprobs import logits_tile, token_logprobs
+from lowmem_grpo.policy.lora import ADAPTER, lora_config
+
+__all__ = ["AdapterSettings", "Policy", "attach_adapters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """LoRA's rank, alpha, the linear layers it goes on ("all-linear" or a list of names), and A's
+    initialisation.
+    """
+
+    r: int
+    lora_alpha: int
+    target_modules: str | tuple[str, ...] = "all-linear"
+    init_lora_weights: bool | str = True
+
+
+class Policy:
+    """See the module's docstring. Build one with `lowmem_grpo.policy.load.load_policy`."""
+
+    def __init__(self, model, tokenizer, *, attention: str, tile_tokens: int, tile_vocab: int):
+        """`model`: a PeftModel over a transformers causal LM whose attention is `ATTENTION`."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.attention = attention
+        self.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
+        self.causal_lm = model.get_base_model()
+        self.trunk = self.causal_lm.base_model
+        head = self.causal_lm.get_output_embeddings()
+        self.head_weight_VD, self.head_bias_V = head.weight, getattr(head, "bias", None)
+        self.dtype = self.head_weight_VD.dtype
+        self.device = self.head_weight_VD.device
+
+    # --- Roles
+
+    @contextlib.contextmanager
+    def as_reference(self):
+        """Adapters off, no gradients: the base."""
+        self.model.base_model.disable_adapter_layers()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            # Also turns the adapters' requires_grad back on, which disabling had cleared.
+            self.model.base_model.enable_adapter_layers()
+
+    @contextlib.contextmanager
+    def as_sampler(self):
+        """Adapters on, no gradients: the policy as it is now."""
+        with torch.no_grad():
+            yield
+
+    @contextlib.contextmanager
+    def as_trainable(self, *, checkpointing: bool = False):
+        """Adapters on, gradients recorded; with `checkpointing`, layers are computed again in
+        backward.
+        """
+        set_checkpointing(self.causal_lm, checkpointing)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            set_checkpointing(self.causal_lm, False)
+
+    # --- Forward
+
+    def layout(self, groups) -> PackedLayout:
+        """Attention layout of packed groups ((prompt tokens, (completion tokens, ...)), ...) for
+        this policy.
+        """
+        return PackedLayout(tuple(groups), self.attention, self.device)
+
+    def hidden(self, input_ids_T, positions_T, layout) -> torch.Tensor:
+        """Last hidden states [T, D] of packed tokens; ids and positions are int64 [T] on the
+        policy's device.
+        """
+        return self.trunk(
+            input_ids=input_ids_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            layout=layout,
+        ).last_hidden_state[0]
+
+    def logits(self, hidden_ND) -> torch.Tensor:
+        """Full logits [N, V] in float32, for sampling: N is a handful of last positions."""
+        return logits_tile(hidden_ND, self.head_weight_VD, self.head_bias_V)
+
+    def score(self, hidden_ND, targets_N, *, temperature=1.0, forbidden_ids=(), forbidden_N=None):
+        """Log-probabilities and entropies [N] of target tokens, by tiles; see `token_logprobs`."""
+        return token_logprobs(
+            hidden_ND,
+            self.head_weight_VD,
+            targets_N,
+            bias_V=self.head_bias_V,
+            temperature=temperature,
+            forbidden_ids=forbidden_ids,
+            forbidden_N=forbidden_N,
+            **self.tiles,
+        )
+
+    # --- Adapters
+
+    def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Every trainable parameter by name: A and B of each adapted layer, float32."""
+        return {
+            n: p
+            for n, p in self.model.named_parameters()
+            if f".{ADAPTER}.weight" in n and "lora_" in n
+        }
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The adapters under PEFT's file names, as contiguous CPU tensors."""
+        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
+        return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+
+    def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put saved adapters in place. Raises ModelError where they do not fit this model."""
+        own = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise ModelError(
+                f"the adapter does not fit this model: {len(odd)} tensors differ, first {odd[0]}"
+            )
+        for name, tensor in state.items():
+            if own[name].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                raise ModelError(f"the adapter does not fit this model: {name} is {shapes}")
+        set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+
+    def save_adapter_config(self, directory: Path, base_name: str) -> None:
+        """Write PEFT's `adapter_config.json`, naming `base_name` as the base model."""
+        config = self.model.peft_config[ADAPTER]
+        config.base_model_name_or_path = base_name
+        config.inference_mode = True
+        config.save_pretrained(str(directory))
+        config.inference_mode = False
+
+
+def attach_adapters(causal_lm, settings: AdapterSettings, seed: int):
+    """Wrap a 4-bit causal LM with LoRA adapters: float32, A drawn from `seed`, B zero. Returns the
+    PeftModel.
+    """
+    targets = settings.target_modules
+    config = lora_config(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        init_lora_weights=settings.init_lora_weights,
+    )
+    # PEFT draws from the global stream; it is put back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(causal_lm, config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ModelError(
+                f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}"
+            ) from error

@@ -1,0 +1,172 @@
+"""Loading a policy: files -> tokenizer, NF4 base, adapters, and a check that this code computes
+this model.
+
+The check compares the packed forward pass (shared prompt, tiled head) with the model's own plain
+one on a dozen tokens. An architecture whose attention or head does something that we do not
+(soft-capping, recurrent layers, scaled logits) is refused here, by what it computes rather than by
+a list of names.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lowmem_grpo.errors import ModelError
+from lowmem_grpo.policy.attention import ATTENTION
+from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.source import resolve
+from lowmem_grpo.quiet import quiet_libraries
+
+__all__ = ["check_forward", "load_policy", "load_tokenizer", "nf4_config"]
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation; products in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_policy(
+    name: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    attention: str,
+    adapters: AdapterSettings,
+    seed: int,
+    tile_tokens: int,
+    tile_vocab: int,
+    chat_template: str | None = None,
+) -> Policy:
+    """Load tokenizer and NF4 base, attach fresh adapters and check the forward pass. Raises
+    ModelError.
+    """
+    source = resolve(name)
+    tokenizer = load_tokenizer(name, chat_template)
+    with quiet_libraries():
+        model = _load_base(name, source, device, dtype)
+        peft_model = attach_adapters(model, adapters, seed)
+    # Train mode for good: see policy/base.py.
+    peft_model.train()
+    for module in peft_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    policy = Policy(
+        peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
+    )
+    check_forward(policy, name)
+    return policy
+
+
+def load_tokenizer(name: str, chat_template: str | None = None):
+    """The model's tokenizer with a chat template (`chat_template`: a file's path). Raises
+    ModelError.
+    """
+    source = resolve(name)
+    with quiet_libraries():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"cannot load the tokenizer of {name}: {_first_line(error)}"
+            ) from error
+    if chat_template is not None:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise ModelError(f"model.chat_template: no such file: {chat_template}")
+        tokenizer.chat_template = path.read_text()
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name} has no chat template: use an instruct model, or give one with "
+            "--set model.chat_template=FILE"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: its tokenizer names no end-of-sequence token")
+    return tokenizer
+
+
+def _load_base(name, source, device, dtype):
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"cannot read the configuration of {name}: {_first_line(error)}"
+        ) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        )
+        if method != "bitsandbytes":
+            raise ModelError(
+                f"{name} is quantised by {method}: use the 16-bit or bitsandbytes NF4 weights"
+            )
+    # Dropout would make two passes over the same tokens disagree: sampler, old policy and policy
+    # must not.
+    overrides = {k: 0.0 for k in ("attention_dropout",) if getattr(config, k, 0.0)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            quantization_config=None if quantised is not None else nf4_config(dtype),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **overrides,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
+    unread = [n for n, p in model.named_parameters() if p.is_meta]
+    if unread:
+        raise ModelError(
+            f"{name}: {len(unread)} weights are missing from its files, first {unread[0]}"
+        )
+    return model
+
+
+def check_forward(policy: Policy, name: str) -> None:
+    """Compare packed and plain logits on a dozen tokens. Raises ModelError where they differ by
+    more than rounding.
+    """
+    vocab = policy.head_weight_VD.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (12,), generator=generator).to(policy.device)
+    prompt, first, second = ids[:5], ids[5:8], ids[8:]
+    positions = torch.cat([torch.arange(5), torch.arange(5, 8), torch.arange(5, 9)]).to(
+        policy.device
+    )
+    with policy.as_reference(), quiet_libraries():
+        packed = policy.logits(policy.hidden(ids, positions, policy.layout([(5, (3, 4))])))
+        policy.causal_lm.set_attn_implementation("eager")
+        try:
+            plain = [
+                policy.causal_lm(input_ids=torch.cat([prompt, own])[None], use_cache=False)
+                .logits[0]
+                .float()
+                for own in (first, second)
+            ]
+        finally:
+            policy.causal_lm.set_attn_implementation(ATTENTION)
+    expected = torch.cat([plain[0], plain[1][5:]])
+    error = ((packed - expected).norm() / expected.norm()).item()
+    limit = 1e-3 if policy.dtype == torch.float32 else 5e-2
+    if not error < limit:
+        raise ModelError(
+            f"{name} ({type(policy.causal_lm).__name__}) is not supported: the packed "
+            f"forward pass differs from the model's own by {error:.2g} (limit {limit:g})"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

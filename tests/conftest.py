@@ -1,0 +1,24 @@
+"""Fixtures that all tests share. Hubs are never asked."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """A random two-layer Llama with a character tokenizer."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    """The demo model's name, fetched into the cache if it is not there."""
+    from lowmem_grpo.policy.source import DEMO, fetch
+
+    fetch(DEMO)
+    return DEMO
