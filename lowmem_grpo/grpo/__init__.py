@@ -1,0 +1,1 @@
+"""The algorithm: rewards -> advantages -> packed batches -> objective -> update."""

@@ -1,0 +1,151 @@
+"""Groups of rollouts -> packed micro-batches.
+
+A micro-batch holds whole or partial groups end to end, [prompt, c1, c2, ...] for each, and at most
+`max_tokens` trunk tokens (one completion that is longer is a micro-batch of its own). There is no
+padding, and masks come from lengths, never from token ids: an end-of-sequence token that equals the
+padding token is trained like any other.
+
+The last token of a completion is scored but predicts nothing, so it does not go through the trunk:
+a completion of C tokens costs C - 1. Its first token is predicted by the prompt's last position,
+the others by their predecessors.
+
+Shapes: T trunk tokens, N scored tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from lowmem_grpo.rollout.types import Group, Rollout
+
+__all__ = ["PackedBatch", "pack", "store_reference"]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch. Token tensors are int64 [T]; scored ones [N], numbers there float32.
+
+    `groups`: ((prompt tokens, (completion trunk tokens, ...)), ...), for the attention layout.
+    `rows_N`: the trunk row whose hidden state predicts each scored token. `no_end_N`: the sampler
+    was not allowed to end here. `members`: the rollouts in order of their scored tokens.
+    """
+
+    input_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    rows_N: torch.Tensor
+    targets_N: torch.Tensor
+    old_logprobs_N: torch.Tensor
+    advantages_N: torch.Tensor
+    weights_N: torch.Tensor
+    no_end_N: torch.Tensor
+    ref_logprobs_N: torch.Tensor | None
+    members: tuple[Rollout, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids_T.numel()
+
+    def to(self, device) -> "PackedBatch":
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rollouts of one group, with what each carries: (rollout, advantage, weight)."""
+
+    prompt_ids: list[int]
+    rollouts: list[tuple[Rollout, float, float]]
+
+
+def pack(
+    groups: list[Group],
+    weights: list[float],
+    *,
+    max_tokens: int,
+    min_completion_length: int = 0,
+    skip_zero_advantage: bool = False,
+) -> list[PackedBatch]:
+    """Micro-batches (on the CPU) of scored groups; `weights`: one for each rollout, in order.
+
+    `skip_zero_advantage` leaves out rollouts whose advantage is zero: right when beta is 0, since
+    then nothing else of theirs reaches the gradient. Rollouts keep their order; a prompt is
+    repeated only where its group is cut.
+    """
+    batches: list[PackedBatch] = []
+    current: list[_Part] = []
+    used = 0
+    remaining = iter(weights)
+    for group in groups:
+        scored = zip(group.rollouts, group.advantages, remaining, strict=False)
+        kept = [x for x in scored if not (skip_zero_advantage and x[1] == 0.0)]
+        prompt = len(group.prompt_ids)
+        whole = prompt + sum(len(rollout.completion_ids) - 1 for rollout, _, _ in kept)
+        if kept and used and used + whole > max_tokens:
+            batches.append(_lay(current, min_completion_length))
+            current, used = [], 0
+        part = _Part(group.prompt_ids, [])
+        for member in kept:
+            cost = len(member[0].completion_ids) - 1
+            if part.rollouts and used + cost > max_tokens:  # only a group that fits nowhere is cut
+                batches.append(_lay([*current, part], min_completion_length))
+                current, used, part = [], 0, _Part(group.prompt_ids, [])
+            used += cost if part.rollouts else prompt + cost
+            part.rollouts.append(member)
+        if part.rollouts:
+            current.append(part)
+    if current:
+        batches.append(_lay(current, min_completion_length))
+    return batches
+
+
+def store_reference(batch: PackedBatch, ref_logprobs_N: torch.Tensor) -> None:
+    """Write the reference's log-probs of a batch into its rollouts, for the next packing."""
+    values, at = ref_logprobs_N.tolist(), 0
+    for rollout in batch.members:
+        end = at + len(rollout.completion_ids)
+        rollout.ref_logprobs = values[at:end]
+        at = end
+
+
+def _lay(parts: list[_Part], min_completion_length: int) -> PackedBatch:
+    ids, positions, rows, targets, old, reference = [], [], [], [], [], []
+    advantages, weights, no_end, layout, members = [], [], [], [], []
+    for part in parts:
+        prompt = len(part.prompt_ids)
+        last_of_prompt = len(ids) + prompt - 1
+        ids += part.prompt_ids
+        positions += range(prompt)
+        for rollout, advantage, weight in part.rollouts:
+            tokens = rollout.completion_ids
+            own = len(ids)
+            ids += tokens[:-1]
+            positions += range(prompt, prompt + len(tokens) - 1)
+            rows += [last_of_prompt, *range(own, own + len(tokens) - 1)]
+            targets += tokens
+            old += rollout.logprobs
+            reference += rollout.ref_logprobs or []
+            advantages += [advantage] * len(tokens)
+            weights += [weight] * len(tokens)
+            no_end += [t < min_completion_length for t in range(len(tokens))]
+            members.append(rollout)
+        layout.append((prompt, tuple(len(r.completion_ids) - 1 for r, _, _ in part.rollouts)))
+    return PackedBatch(
+        input_ids_T=torch.tensor(ids),
+        positions_T=torch.tensor(positions),
+        groups=tuple(layout),
+        rows_N=torch.tensor(rows),
+        targets_N=torch.tensor(targets),
+        old_logprobs_N=torch.tensor(old, dtype=torch.float32),
+        advantages_N=torch.tensor(advantages, dtype=torch.float32),
+        weights_N=torch.tensor(weights, dtype=torch.float32),
+        no_end_N=torch.tensor(no_end),
+        ref_logprobs_N=torch.tensor(reference, dtype=torch.float32) if reference else None,
+        members=tuple(members),
+    )

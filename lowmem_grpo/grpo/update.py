@@ -1,0 +1,166 @@
+"""One optimizer step: micro-batches, each with its own backward, then clipping and AdamW.
+
+Nothing of one micro-batch is alive when the next begins; what adds up is the adapters' gradient.
+The weights of the tokens carry the step's denominators, so the sum of the micro-batches' gradients
+is the gradient of the step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from lowmem_grpo.grpo.objective import ObjectiveInputs, objective
+from lowmem_grpo.grpo.packing import PackedBatch, store_reference
+
+__all__ = [
+    "NonFiniteError",
+    "Scoring",
+    "UpdateStats",
+    "accumulate",
+    "apply_update",
+    "score_reference",
+]
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient is NaN or infinite; the step was not applied."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How log-probs are taken: at the sampler's temperature, no `end_ids` where `no_end_N`."""
+
+    temperature: float
+    end_ids: tuple[int, ...]
+
+    def __call__(self, policy, batch: PackedBatch):
+        """Log-probs and entropies (float32 [N]) of a batch on the policy's device, in its role."""
+        hidden_TD = policy.hidden(batch.input_ids_T, batch.positions_T, policy.layout(batch.groups))
+        hidden_ND = hidden_TD.index_select(0, batch.rows_N)
+        del hidden_TD
+        return policy.score(
+            hidden_ND,
+            batch.targets_N,
+            temperature=self.temperature,
+            forbidden_ids=self.end_ids,
+            forbidden_N=batch.no_end_N,
+        )
+
+
+@dataclass
+class UpdateStats:
+    """Sums over the micro-batches of one update."""
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    tokens_scored: int = 0
+    tokens_trunk: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float | None:
+        """A stat's mean over scored tokens; None where it was not taken."""
+        return (
+            self.sums[name] / self.tokens_scored
+            if name in self.sums and self.tokens_scored
+            else None
+        )
+
+
+def score_reference(
+    policy, batches: list[PackedBatch], scoring: Scoring, advance: Callable[[int], None]
+) -> int:
+    """Write the reference's log-probs into the rollouts; returns the trunk tokens it took."""
+    found = []
+    for batch in batches:
+        with policy.as_reference():
+            logprobs_N, _ = scoring(policy, batch.to(policy.device))
+        found.append(logprobs_N.cpu())
+        advance(batch.tokens)
+    # All at the end: a run that fails half-way is saved, and must not hold half of the numbers.
+    for batch, logprobs_N in zip(batches, found, strict=True):
+        store_reference(batch, logprobs_N)
+    return sum(batch.tokens for batch in batches)
+
+
+def accumulate(
+    policy,
+    batches: list[PackedBatch],
+    scoring: Scoring,
+    *,
+    epsilon: float,
+    epsilon_high: float,
+    beta: float,
+    checkpointing: bool,
+    loss_scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> UpdateStats:
+    """Add the gradient of the step's loss to the adapters, one micro-batch after another."""
+    stats = UpdateStats()
+    for cpu_batch in batches:
+        batch = cpu_batch.to(policy.device)
+        with policy.as_trainable(checkpointing=checkpointing):
+            logprobs_N, entropy_N = scoring(policy, batch)
+            inputs = ObjectiveInputs(
+                logprobs_N=logprobs_N,
+                old_logprobs_N=batch.old_logprobs_N,
+                advantages_N=batch.advantages_N,
+                weights_N=batch.weights_N,
+                ref_logprobs_N=batch.ref_logprobs_N,
+            )
+            loss, sums = objective(inputs, epsilon=epsilon, epsilon_high=epsilon_high, beta=beta)
+            loss_scale(loss).backward()
+        sums["loss"], sums["entropy"] = loss.detach(), entropy_N.detach().sum()
+        # One transfer for all the numbers of a micro-batch: each waits for the device.
+        values = torch.stack([sums[name].float() for name in sums]).tolist()
+        for name, value in zip(sums, values, strict=True):
+            stats.sums[name] = stats.sums.get(name, 0.0) + value
+        stats.tokens_scored += batch.targets_N.numel()
+        stats.tokens_trunk += batch.tokens
+        advance(batch.tokens)
+    stats.loss = stats.sums.pop("loss", 0.0)
+    return stats
+
+
+def apply_update(
+    parameters: list[torch.nn.Parameter],
+    optimizer,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    scaler=None,
+) -> tuple[float, float]:
+    """Clip, step, clear. Returns (gradient norm before clipping, norm of update / of adapters).
+
+    Where no rollout took part the gradient is zero, and AdamW still takes its step of momentum:
+    that is what the unabridged computation would have done. With a gradient scaler (float16), a
+    step whose scaled gradients overflowed is left out and the scale lowered: the norm is then
+    infinite or NaN and the change 0.
+    Raises NonFiniteError, with the adapters as they were, when the gradient norm is not finite
+    without a scaler.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if scaler is not None:
+        scaler.scale(parameters[0].new_zeros(()))  # makes its state, where no loss has done so yet
+        scaler.unscale_(optimizer)
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True).item()
+    if scaler is None and not norm < float("inf"):
+        optimizer.zero_grad()
+        raise NonFiniteError(f"the gradient norm is {norm}: the step was not applied")
+    before = [p.detach().clone() for p in parameters]
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        size = torch.nn.utils.get_total_norm(parameters, foreach=True).item()
+        torch._foreach_sub_(before, [p.detach() for p in parameters])
+        change = torch.nn.utils.get_total_norm(before, foreach=True).item()
+    return norm, change / size if size else 0.0

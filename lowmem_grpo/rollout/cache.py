@@ -1,0 +1,155 @@
+"""Keys and values of a wave of completions: each prompt's once, each completion's own.
+
+Decoding computes, for one new token a row, softmax attention over [prompt; own] in two products
+that share their softmax: all rows of a problem against its one copy of the prompt, and each row
+against its own tokens. With G completions of P + C tokens the cache holds P + G C tokens a problem,
+where rows by themselves hold G (P + C).
+
+A cache is a layout (see policy/attention.py): the model hands it queries, keys and values layer by
+layer.
+
+Shapes: B problems in the wave, R rows still decoding, H query heads, K key-value heads, E head
+size, P longest prompt, C capacity, J the most rows that any problem still has.
+"""
+
+import torch
+
+from lowmem_grpo.policy.attention import PackedLayout
+
+__all__ = ["Prefill", "WaveCache"]
+
+
+class WaveCache:
+    """Keys and values of B prompts and R rows. Rows of a problem are neighbours, in the order of
+    the problems.
+    """
+
+    def __init__(
+        self, prompt_lengths: list[int], rows_per_problem: list[int], capacity: int, device
+    ):
+        self.device = device
+        self.capacity = capacity
+        self.longest = max(prompt_lengths)
+        self.lengths_B = torch.tensor(prompt_lengths, device=device)
+        problems = torch.arange(len(prompt_lengths))
+        self.problem_R = problems.repeat_interleave(torch.tensor(rows_per_problem)).to(device)
+        self.tokens = 0
+        self.prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Where each row stands in a rectangle of [B, J] rows; the whole rectangle is filled when
+        no row has left.
+        """
+        rows = self.problem_R.numel()
+        counts_B = torch.bincount(self.problem_R, minlength=self.lengths_B.numel())
+        self.per_problem = int(counts_B.max())
+        first_B = counts_B.cumsum(0) - counts_B
+        within_R = torch.arange(rows, device=self.device) - first_B[self.problem_R]
+        full = rows == self.per_problem * self.lengths_B.numel()
+        self.slot_R = None if full else self.problem_R * self.per_problem + within_R
+
+    def positions(self) -> torch.Tensor:
+        """int64 [R]: the position of each row's next token."""
+        return self.lengths_B[self.problem_R] + self.tokens
+
+    def advance(self) -> None:
+        """The forward pass of one token a row is done."""
+        self.tokens += 1
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows (int64, ascending) and let go of the others, and of prompts without
+        rows.
+        """
+        left_B, self.problem_R = self.problem_R[rows].unique(return_inverse=True)
+        if left_B.numel() < self.lengths_B.numel():
+            self.lengths_B = self.lengths_B[left_B]
+            for layer, (key, value) in self.prompts.items():
+                self.prompts[layer] = key[left_B], value[left_B]
+        for layer, (key, value) in self.own.items():
+            self.own[layer] = key[rows], value[rows]
+        self._arrange()
+
+    def attend(self, layer, query, key, value, scaling, window=None) -> torch.Tensor:
+        """One token a row: [1, H, R, E], [1, K, R, E] twice -> [1, R, H, E]."""
+        _, heads, rows, size = query.shape
+        kv_heads = key.shape[1]
+        if layer not in self.own:
+            shape = rows, kv_heads, self.capacity, size
+            self.own[layer] = key.new_empty(shape), value.new_empty(shape)
+        own_key, own_value = self.own[layer]
+        own_key[:, :, self.tokens] = key[0].transpose(0, 1)
+        own_value[:, :, self.tokens] = value[0].transpose(0, 1)
+        seen = slice(0, self.tokens + 1)
+        query_RKrE = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, size)
+        own_scores = query_RKrE @ own_key[:, :, seen].transpose(2, 3)
+        prompt_key, prompt_value = self.prompts[layer]
+        prompt_scores = self._ungroup(self._group(query_RKrE) @ prompt_key.transpose(2, 3))
+        scores = torch.cat([prompt_scores, own_scores], -1).float().mul_(scaling)
+        scores.masked_fill_(self._hidden(window)[:, None, None], -torch.inf)
+        weights = scores.softmax(-1).to(query.dtype)
+        from_prompt = self._ungroup(self._group(weights[..., : self.longest]) @ prompt_value)
+        from_own = weights[..., self.longest :] @ own_value[:, :, seen]
+        return (from_prompt + from_own).reshape(1, rows, heads, size)
+
+    def _hidden(self, window) -> torch.Tensor:
+        """bool [R, P + tokens + 1]: the keys that a row must not see."""
+        if self._hidden_for == (self.tokens, self.problem_R.numel(), window):
+            return self._hidden_mask
+        prompt_P = torch.arange(self.longest, device=self.device)
+        own_T = torch.arange(self.tokens + 1, device=self.device)
+        lengths_R1 = self.lengths_B[self.problem_R, None]
+        hidden = torch.cat([prompt_P >= lengths_R1, (own_T < 0).expand(lengths_R1.shape[0], -1)], 1)
+        if window is not None:
+            here_R1 = lengths_R1 + self.tokens
+            place = torch.cat([prompt_P.expand(lengths_R1.shape[0], -1), lengths_R1 + own_T], 1)
+            hidden |= place <= here_R1 - window
+        # All layers of one token share it (those with and without a window take turns at worst).
+        self._hidden_for, self._hidden_mask = (self.tokens, self.problem_R.numel(), window), hidden
+        return hidden
+
+    _hidden_for = None
+
+    def _group(self, x_RKrE):
+        """[R, K, r, E] -> [B, K, J r, E]: the rows of a problem side by side."""
+        _, kv_heads, repeats, size = x_RKrE.shape
+        problems = self.lengths_B.numel()
+        if self.slot_R is not None:
+            padded = x_RKrE.new_zeros(problems * self.per_problem, kv_heads, repeats, size)
+            x_RKrE = padded.index_copy_(0, self.slot_R, x_RKrE)
+        grouped = x_RKrE.view(problems, self.per_problem, kv_heads, repeats, size).transpose(1, 2)
+        return grouped.reshape(problems, kv_heads, self.per_problem * repeats, size)
+
+    def _ungroup(self, x_BKjE):
+        """The inverse of `_group`."""
+        problems, kv_heads, joined, size = x_BKjE.shape
+        repeats = joined // self.per_problem
+        split = x_BKjE.view(problems, kv_heads, self.per_problem, repeats, size).transpose(1, 2)
+        rows = split.reshape(problems * self.per_problem, kv_heads, repeats, size)
+        return rows if self.slot_R is None else rows.index_select(0, self.slot_R)
+
+
+class Prefill:
+    """The layout of the prompts' own forward pass: shared-prefix attention that leaves keys and
+    values in a cache.
+    """
+
+    def __init__(self, cache: WaveCache, layout: PackedLayout):
+        self.cache, self.layout = cache, layout
+        problems, longest = cache.lengths_B.numel(), cache.longest
+        steps_P = torch.arange(longest, device=cache.device)
+        first_B1 = (cache.lengths_B.cumsum(0) - cache.lengths_B)[:, None]
+        # Places behind a shorter prompt's end repeat its last token; decoding masks them.
+        within_BP = torch.minimum(steps_P, cache.lengths_B[:, None] - 1)
+        self.index = (first_B1 + within_BP).flatten()
+        self.shape = problems, longest
+
+    def attend(self, layer, query, key, value, scaling, window=None) -> torch.Tensor:
+        self.cache.prompts[layer] = self._rectangle(key), self._rectangle(value)
+        return self.layout.attend(layer, query, key, value, scaling, window)
+
+    def _rectangle(self, x):
+        kv_heads, size = x.shape[1], x.shape[3]
+        picked = x[0].index_select(1, self.index).view(kv_heads, *self.shape, size)
+        return picked.transpose(0, 1).contiguous()

@@ -1,0 +1,88 @@
+"""Problems -> groups: prompts by chat template, G completions each, decoded to text."""
+
+from collections.abc import Callable
+
+from lowmem_grpo.errors import TaskError
+from lowmem_grpo.rollout.sampler import Request, sample
+from lowmem_grpo.rollout.sampling import Sampling, uniforms
+from lowmem_grpo.rollout.types import Group, Rollout
+from lowmem_grpo.tasks.base import Problem
+
+__all__ = ["end_token_ids", "prompt_ids", "sample_groups"]
+
+
+def prompt_ids(tokenizer, problem: Problem, max_prompt_length: int) -> list[int]:
+    """Token ids of the problem's messages under the chat template, ready for the assistant's turn.
+
+    Raises TaskError for a prompt of more than `max_prompt_length` tokens: cutting it would ask
+    another question.
+    """
+    text = tokenizer.apply_chat_template(
+        list(problem.messages), tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) > max_prompt_length:
+        raise TaskError(
+            f"the prompt of problem {problem.id} has {len(ids)} tokens, the limit is "
+            f"{max_prompt_length}: use --max-prompt-length {len(ids)} or leave the problem out"
+        )
+    return ids
+
+
+def end_token_ids(policy) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's, and those of the model's generation
+    settings.
+    """
+    named = policy.causal_lm.generation_config.eos_token_id
+    more = named if isinstance(named, list) else [named]
+    return tuple(sorted({policy.tokenizer.eos_token_id, *(i for i in more if i is not None)}))
+
+
+def sample_groups(
+    policy,
+    problems: list[Problem],
+    *,
+    num_generations: int,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    max_prompt_length: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> list[Group]:
+    """Sample `num_generations` completions of each problem from the policy as it is now (adapters
+    on).
+    """
+    prompts = [prompt_ids(policy.tokenizer, problem, max_prompt_length) for problem in problems]
+    requests = [
+        Request(
+            prompt,
+            [
+                uniforms(seed, step, place, i, sampling.max_completion_length)
+                for i in range(num_generations)
+            ],
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+    with policy.as_sampler():
+        completions = sample(
+            policy,
+            requests,
+            sampling,
+            end_ids=end_token_ids(policy),
+            batch_size=batch_size,
+            advance=advance,
+        )
+    groups = []
+    for problem, prompt, drawn in zip(problems, prompts, completions, strict=True):
+        rollouts = [
+            Rollout(
+                completion_ids=c.ids,
+                logprobs=c.logprobs,
+                finish_reason="stop" if c.ended else "length",
+                text=policy.tokenizer.decode(c.ids, skip_special_tokens=True),
+            )
+            for c in drawn
+        ]
+        groups.append(Group(problem, prompt, rollouts))
+    return groups

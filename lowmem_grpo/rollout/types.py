@@ -1,0 +1,43 @@
+"""What a step samples: problems' groups of completions, as plain data.
+
+Tokens are lists of ids and numbers are Python floats (log-probs are float32 values held exactly),
+so that groups are written to a file and read back without loss.
+"""
+
+from dataclasses import dataclass, field
+
+from lowmem_grpo.tasks.base import Problem
+
+__all__ = ["Group", "Rollout"]
+
+
+@dataclass
+class Rollout:
+    """One completion. `logprobs[t]` is log-probability of `completion_ids[t]` under what was
+    sampled from.
+
+    `finish_reason`: "stop" (the last token is an end-of-sequence token) or "length". `text`:
+    decoded without special tokens. `ref_logprobs`: the reference's, once it has been asked.
+    """
+
+    completion_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    text: str
+    ref_logprobs: list[float] | None = None
+
+
+@dataclass
+class Group:
+    """A problem, its prompt's ids, its rollouts, and, once scored, their rewards and advantages.
+
+    `rewards_by_name[name][i]` belongs to rollout i, before weighting; `rewards` is the weighted
+    sum.
+    """
+
+    problem: Problem
+    prompt_ids: list[int]
+    rollouts: list[Rollout]
+    rewards: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    rewards_by_name: dict[str, list[float]] = field(default_factory=dict)
