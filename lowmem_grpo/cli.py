@@ -1,0 +1,213 @@
+"""The command line: parses, and calls one function for each command.
+
+Imports inside commands only: `--help` and `--version` answer without torch.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowmem_grpo import __version__
+from lowmem_grpo.cli_machine import doctor, model, profiles
+from lowmem_grpo.cli_options import (
+    JSON,
+    QUIET,
+    SHAPE,
+    SHARED,
+    TRAIN,
+    options,
+    print_json,
+    read_config,
+    read_target,
+    setting,
+)
+
+__all__ = ["main"]
+
+
+class _Group(click.Group):
+    """Turns errors that are meant for a person into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from lowmem_grpo.errors import UserError
+
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, SystemExit):
+            raise
+        except UserError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            first = (str(error).strip().splitlines() or ["no message"])[0]
+            click.echo(f"error: {type(error).__name__}: {first} (--debug shows where)", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lowmem-grpo")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def main(debug: bool) -> None:
+    """GRPO on a 4-bit base with LoRA adapters, the whole loop on one consumer GPU."""
+    # At import bitsandbytes says that an optional CPU kernel is not installed: nothing that a
+    # person must act on.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+for command in (doctor, model, profiles):
+    main.add_command(command)
+
+
+@main.command()
+@options(SHARED, SHAPE, TRAIN)
+@click.option(
+    "--reward",
+    "rewards",
+    multiple=True,
+    help="number, math, task, format:REGEX or FILE.py:function; repeatable.",
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
+@QUIET
+def train(run_file, profile, assignments, rewards, resume, overwrite, quiet, **flags) -> None:
+    """Train a model's adapters with GRPO."""
+    if resume and overwrite:
+        raise click.UsageError(
+            "--resume continues a run and --overwrite replaces it: give one of them"
+        )
+    if resume and run_file is None:
+        # The run's own settings, whatever the defaults and the profile say today.
+        saved = Path(flags["run__output"] or "runs/grpo") / "config.toml"
+        if saved.is_file():
+            run_file, profile = str(saved), None
+    flags["rewards__functions"] = list(rewards) or None
+    config = read_config(run_file, profile, assignments, flags)
+    from lowmem_grpo.run.console import Console
+    from lowmem_grpo.train import train as run_training
+
+    sys.exit(run_training(config, resume=resume, overwrite=overwrite, console=Console(quiet=quiet)))
+
+
+@main.command(name="eval")
+@click.argument("target", metavar="RUN|MODEL")
+@click.option("--profile", default="auto", help="For a model: auto, a name, or a file.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
+)
+@options(
+    (
+        setting("--task", "task.name", help="Another task than the run's."),
+        setting("--num-problems", "eval.num_problems", int, help="Held-out problems."),
+        setting("--max-completion-length", "eval.max_completion_length", int, help="In tokens."),
+    )
+)
+@click.option("--show", type=int, default=0, help="Print that many completions.")
+@JSON
+@QUIET
+def evaluate(target, profile, assignments, show, as_json, quiet, **flags) -> None:
+    """Greedy pass@1 on held-out problems, strict and lenient."""
+    from lowmem_grpo.run.console import Console
+    from lowmem_grpo.run.evaluate import evaluate as run_evaluation
+    from lowmem_grpo.setup import open_policy, open_task
+
+    console = Console(quiet=quiet or as_json)
+    config, adapter = read_target(target, profile, assignments, flags)
+    task = open_task(config)
+    policy = open_policy(config, console.say, adapter=adapter)
+    with console.progress("evaluation", None) as advance:
+        found = run_evaluation(
+            policy,
+            task,
+            num_problems=config.eval.num_problems,
+            max_prompt_length=config.rollout.max_prompt_length,
+            max_completion_length=config.eval.max_completion_length
+            or config.rollout.max_completion_length,
+            batch_size=config.eval.batch_size,
+            advance=advance,
+        )
+    if as_json:
+        print_json({"target": target, "task": task.name, **found.summary()})
+        return
+    click.echo(f"{target} on {task.name}: {found.line()}")
+    for problem, text, strict, lenient in found.completions[:show]:
+        verdict = "strict" if strict else "lenient" if lenient else "wrong"
+        click.echo(f"\n[{problem.id}] {verdict}, expected {problem.answer}\n{text}")
+
+
+@main.command()
+@click.argument("target", metavar="RUN|MODEL")
+@click.argument("prompt", required=False)
+@click.option(
+    "-n", "count", type=click.IntRange(min=1), default=1, help="Completions.", show_default=True
+)
+@click.option("--profile", default="auto", help="For a model: auto, a name, or a file.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
+)
+@options(
+    (
+        setting("--task", "task.name", help="Where a problem comes from when no PROMPT is given."),
+        setting("--temperature", "rollout.temperature", float),
+        setting("--top-p", "rollout.top_p", float),
+        setting("--top-k", "rollout.top_k", int),
+        setting("--min-p", "rollout.min_p", float),
+        setting("--max-completion-length", "rollout.max_completion_length", int, help="In tokens."),
+        setting("--seed", "run.seed", int, help="Of sampling."),
+    )
+)
+@QUIET
+def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
+    """Look at completions of PROMPT, or of a held-out problem."""
+    from lowmem_grpo.rollout.groups import sample_groups
+    from lowmem_grpo.rollout.sampling import Sampling
+    from lowmem_grpo.run.console import Console
+    from lowmem_grpo.setup import open_policy, open_task
+    from lowmem_grpo.tasks.base import Problem, chat
+
+    console = Console(quiet=quiet)
+    config, adapter = read_target(target, profile, assignments, flags)
+    if prompt is None:
+        problem = open_task(config).eval_problems(1)[0]
+    else:
+        problem = Problem("prompt", chat(prompt, config.task.system_prompt), "")
+    policy = open_policy(config, console.say, adapter=adapter)
+    r = config.rollout
+    sampling = Sampling(**{k: getattr(r, k) for k in Sampling.__dataclass_fields__})
+    with console.progress("sampling", count * r.max_completion_length) as advance:
+        (group,) = sample_groups(
+            policy,
+            [problem],
+            num_generations=count,
+            sampling=sampling,
+            seed=config.run.seed,
+            step=0,
+            max_prompt_length=r.max_prompt_length,
+            batch_size=config.memory.rollout_batch_size,
+            advance=advance,
+        )
+    if not quiet:
+        click.echo(f"> {problem.messages[-1]['content']}")
+    for rollout in group.rollouts:
+        click.echo(rollout.text)
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--format", "kind", type=click.Choice(["adapter"]), default="adapter", show_default=True
+)
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="A new or empty directory."
+)
+def export(run: str, kind: str, output: Path) -> None:
+    """Take a trained adapter out of a run, in PEFT's format."""
+    from lowmem_grpo.run.export import export_adapter
+
+    click.echo(f"{output}: {kind} from {export_adapter(Path(run), output)}")

@@ -1,0 +1,122 @@
+"""Options that commands share, and the configuration that they add up to. No torch at import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lowmem_grpo.config import Config
+
+__all__ = [
+    "JSON",
+    "QUIET",
+    "SHAPE",
+    "SHARED",
+    "TRAIN",
+    "options",
+    "print_json",
+    "read_config",
+    "read_target",
+    "setting",
+]
+
+
+def setting(flag: str, key: str, kind: Any = str, **options: Any):
+    """A flag that is another way to write `--set key=value`."""
+    options.setdefault("help", f"Sets {key}.")
+    name = key.replace(".", "__")
+    return click.option(flag, name, type=kind, default=None, **options)
+
+
+SHARED = (
+    click.argument(
+        "run_file", required=False, type=click.Path(dir_okay=False), metavar="[RUN.toml]"
+    ),
+    click.option(
+        "--profile", default="auto", help="auto, a profile's name, or a file.", show_default=True
+    ),
+    click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting; repeatable.",
+    ),
+    setting("--model", "model.name", help="Hub id, directory, .gguf file, or smollm2-135m."),
+    setting(
+        "--task", "task.name", help="arithmetic[:options], reasoning_gym:NAME or records:PATH."
+    ),
+)
+SHAPE = (
+    setting(
+        "--num-generations", "rollout.num_generations", int, help="G, completions of each problem."
+    ),
+    setting(
+        "--problems-per-step", "rollout.problems_per_step", int, help="B, problems of each step."
+    ),
+    setting("--max-prompt-length", "rollout.max_prompt_length", int, help="In tokens."),
+    setting("--max-completion-length", "rollout.max_completion_length", int, help="In tokens."),
+)
+TRAIN = (
+    setting("--steps", "run.steps", int, help="Optimizer steps."),
+    setting("--output", "run.output", help="The run directory."),
+    setting("--seed", "run.seed", int, help="Of initialisation and sampling."),
+    setting(
+        "--save-every", "run.save_every", int, help="Steps between checkpoints; 0: at the end only."
+    ),
+    setting("--eval-every", "eval.every", int, help="Steps between evaluations; 0: never."),
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Errors and results only.")
+
+
+def options(*groups):
+    def decorate(function):
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def read_config(run_file: str | None, profile: str | None, assignments, flags: dict) -> Config:
+    """Defaults < profile < run file < --set and flags; no profile when it is None."""
+    from lowmem_grpo.config import load_config, parse_assignment
+    from lowmem_grpo.hardware import detect
+    from lowmem_grpo.profiles import choose_profile
+
+    layers = [("--set", parse_assignment(text)) for text in assignments]
+    for name, value in flags.items():
+        if value is not None:
+            section, key = name.split("__")
+            layers.append(("command line", {section: {key: value}}))
+    base = None
+    if profile is not None:
+        chosen = choose_profile(profile, detect(_device(layers))).value
+        base = f"profile {chosen.name}", chosen.settings
+    return load_config(run_file, profile=base, assignments=layers)
+
+
+def _device(layers) -> str:
+    device = "auto"
+    for _, sections in layers:
+        device = str(sections.get("model", {}).get("device", device))
+    return device
+
+
+def print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def read_target(target: str, profile: str, assignments, flags: dict) -> tuple[Config, Path | None]:
+    """The configuration of a run and its adapter, or that of a plain model and None."""
+    from lowmem_grpo.run.export import adapter_directory
+
+    saved = Path(target) / "config.toml"
+    if saved.is_file():
+        return read_config(str(saved), None, assignments, flags), adapter_directory(Path(target))
+    return read_config(None, profile, assignments, {"model__name": target, **flags}), None

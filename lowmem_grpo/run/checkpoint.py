@@ -1,0 +1,190 @@
+"""Checkpoints: everything a run is after a step, in safetensors and JSON.
+
+A checkpoint is written into a hidden directory and renamed when it is complete. It holds the
+adapters, the optimizer's moments, and a state: the step, the gradient scaler, and the groups in
+hand (those that were sampled but not yet fully trained on), so that a run stopped anywhere goes on
+with the very same tokens. Random numbers need no saving: they are functions of (seed, step,
+problem, rollout).
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lowmem_grpo.errors import ConfigError, ModelError
+from lowmem_grpo.grpo.optimizer import load_optimizer_state, optimizer_state
+from lowmem_grpo.rollout.types import Group, Rollout
+from lowmem_grpo.run.directory import RunDirectory, sync_directory, write_atomic
+from lowmem_grpo.tasks.base import Problem
+
+__all__ = [
+    "State",
+    "check_same_mathematics",
+    "latest",
+    "load_checkpoint",
+    "read_adapter",
+    "save_adapter",
+    "save_checkpoint",
+]
+
+FORMAT = 1
+# What may differ on resume: where files go, how memory is used, how long, and what is looked at.
+_FREE_SECTIONS = ("memory", "eval")
+_FREE_KEYS = {
+    "run": ("output", "steps", "save_every", "keep_last", "log_rollouts", "tensorboard"),
+    "model": ("device", "attention"),
+}
+
+
+@dataclass
+class State:
+    """`step`: optimizer steps done. `batch`: batches of groups begun. `groups`: the batch in hand,
+    or None.
+
+    `iteration`: optimizer steps already taken on the batch in hand.
+    """
+
+    step: int = 0
+    batch: int = 0
+    iteration: int = 0
+    groups: list[Group] | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    run: RunDirectory, state: State, policy, optimizer, config, base_name: str
+) -> Path:
+    """Write `checkpoints/step-NNNNNN`, replacing one of that step, and drop the oldest beyond
+    `run.keep_last`.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"step-{state.step:06d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(partial, policy, base_name)
+    names = list(policy.adapter_parameters())
+    save_file(
+        optimizer_state(optimizer, names), partial / "optimizer.safetensors", {"format": "pt"}
+    )
+    document = {
+        "format": FORMAT,
+        **{k: v for k, v in vars(state).items() if k != "groups"},
+        "groups": None if state.groups is None else [asdict(group) for group in state.groups],
+        "compute_dtype": str(policy.dtype).removeprefix("torch."),
+        "config": config.model_dump(mode="json"),
+    }
+    write_atomic(partial / "state.json", json.dumps(document, allow_nan=False))
+    replaced = folder / f".{target.name}.replaced"
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    sync_directory(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in _complete(folder)[: -config.run.keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def save_adapter(directory: Path, policy, base_name: str) -> None:
+    """Write the adapters in PEFT's format, over `base_name`, into `directory`."""
+    directory.mkdir(exist_ok=True)
+    policy.save_adapter_config(directory, base_name)
+    partial = directory / ".adapter_model.partial"
+    save_file(policy.adapter_state(), partial, {"format": "pt"})
+    partial.replace(directory / "adapter_model.safetensors")
+    sync_directory(directory)
+
+
+def latest(run_path: Path) -> Path | None:
+    """The newest complete checkpoint of a run directory."""
+    found = _complete(run_path / "checkpoints")
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, policy, optimizer) -> State:
+    """Put adapters and moments in place and return the state. Raises ModelError for a file that
+    does not fit.
+    """
+    document = read_state(path)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    if document["compute_dtype"] != dtype:
+        raise ConfigError(
+            f"{path} was trained in {document['compute_dtype']}, and this is {dtype}: "
+            f"use --set model.compute_dtype={document['compute_dtype']}"
+        )
+    policy.load_adapter_state(read_adapter(path))
+    moments = _read_tensors(path / "optimizer.safetensors")
+    load_optimizer_state(optimizer, list(policy.adapter_parameters()), moments)
+    groups = document["groups"]
+    return State(
+        step=document["step"],
+        batch=document["batch"],
+        iteration=document["iteration"],
+        scaler=document["scaler"],
+        groups=None if groups is None else [_group(g) for g in groups],
+    )
+
+
+def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter in PEFT's format. Raises ModelError."""
+    return _read_tensors(directory / "adapter_model.safetensors")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises ModelError for one that cannot be read."""
+    try:
+        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        version = document["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read {path / 'state.json'}: {error}") from error
+    if version != FORMAT:
+        raise ModelError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
+    return document
+
+
+def check_same_mathematics(path: Path, config) -> None:
+    """Raises ConfigError naming the first setting whose change would make the resumed run another
+    run.
+    """
+    saved, current = read_state(path)["config"], config.model_dump(mode="json")
+    for section, entries in current.items():
+        if section in _FREE_SECTIONS:
+            continue
+        for key, value in entries.items():
+            was = saved.get(section, {}).get(key)
+            if key not in _FREE_KEYS.get(section, ()) and was != value:
+                raise ConfigError(
+                    f"--resume: {section}.{key} is {value!r}, and the run was started with "
+                    f"{was!r}: go back to that, or start another run with another --output"
+                )
+    schedule = current["optimizer"]["lr_scheduler_type"]
+    if schedule != "constant" and saved["run"]["steps"] != current["run"]["steps"]:
+        raise ConfigError(
+            f"--resume: the {schedule} schedule depends on run.steps, which was "
+            f"{saved['run']['steps']}: use --steps {saved['run']['steps']}"
+        )
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def _group(data: dict[str, Any]) -> Group:
+    problem = data["problem"]
+    data["problem"] = Problem(**{**problem, "messages": tuple(problem["messages"])})
+    data["rollouts"] = [Rollout(**rollout) for rollout in data["rollouts"]]
+    return Group(**data)

@@ -1,0 +1,39 @@
+"""Taking a trained adapter out of a run, in PEFT's format."""
+
+import shutil
+from pathlib import Path
+
+from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.run.checkpoint import latest
+
+__all__ = ["adapter_directory", "export_adapter"]
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapter_directory(run_path: Path) -> Path:
+    """Where a run's adapter is: the final one, else the newest checkpoint's. Raises ConfigError for
+    none.
+    """
+    if not (run_path / "config.toml").is_file():
+        raise ConfigError(f"{run_path} is not a run directory (it has no config.toml)")
+    final = run_path / "adapter"
+    if all((final / name).is_file() for name in _FILES):
+        return final
+    checkpoint = latest(run_path)
+    if checkpoint is None:
+        raise ConfigError(f"{run_path} has no adapter yet: no checkpoint was written")
+    return checkpoint
+
+
+def export_adapter(run_path: Path, output: Path) -> Path:
+    """Copy the run's adapter to `output`, which must not exist or be empty. Returns where it came
+    from.
+    """
+    source = adapter_directory(run_path)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} exists and is not an empty directory")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        shutil.copyfile(source / name, output / name)
+    return source

@@ -1,0 +1,127 @@
+"""One record a step: what is in it, and where it goes."""
+
+from statistics import fmean, stdev
+from typing import Any
+
+from lowmem_grpo.grpo.update import UpdateStats
+from lowmem_grpo.rollout.types import Group
+from lowmem_grpo.run.directory import RunDirectory
+from lowmem_grpo.run.meter import Meter
+
+__all__ = ["MetricsWriter", "step_record"]
+
+
+def step_record(
+    *,
+    step: int,
+    iteration: int,
+    groups: list[Group],
+    stats: UpdateStats,
+    skipped: int,
+    grad_norm: float,
+    adapter_change: float,
+    learning_rate: float,
+    meter: Meter,
+) -> dict[str, Any]:
+    """The record of one optimizer step (interfaces: `metrics.jsonl`).
+
+    Means over tokens are over the tokens that took part in the update. `sampler_kl` is taken in the
+    first iteration on a batch, before the update; later the policy has moved, and it is None. None
+    also stands for what was not computed: `kl` without a reference, token means when no rollout
+    took part.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    flat = sum(len(set(group.rewards)) == 1 for group in groups)
+    first = iteration == 0
+    return {
+        "step": step,
+        "iteration": iteration,
+        "reward_mean": fmean(rewards),
+        "reward_std": fmean(stdev(group.rewards) for group in groups),
+        "rewards": {
+            name: fmean(value for group in groups for value in group.rewards_by_name[name])
+            for name in groups[0].rewards_by_name
+        },
+        "frac_reward_zero_std": flat / len(groups),
+        "loss": stats.loss,
+        "kl": stats.mean("kl"),
+        "entropy": stats.mean("entropy"),
+        "clip_fraction_low": stats.mean("clip_low"),
+        "clip_fraction_high": stats.mean("clip_high"),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "adapter_change": adapter_change,
+        "sampler_kl": stats.mean("sampler_kl") if first else None,
+        "completion_length_mean": fmean(lengths),
+        "completion_truncated_fraction": fmean(r.finish_reason == "length" for r in rollouts),
+        "tokens_generated": sum(lengths) if first else 0,
+        "tokens_trained": stats.tokens_scored,
+        "tokens_trunk": stats.tokens_trunk,
+        "skipped_rollouts": skipped,
+        "seconds": {name: round(value, 4) for name, value in meter.seconds.items()},
+        "memory": meter.memory,
+    }
+
+
+class MetricsWriter:
+    """Appends records to the run's files; a context manager."""
+
+    def __init__(self, run: RunDirectory, *, tensorboard: bool, log_rollouts: int):
+        self.run = run
+        self.log_rollouts = log_rollouts
+        self.events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(run / "tensorboard"))
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.events is not None:
+            self.events.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's record."""
+        self.run.append("metrics.jsonl", record)
+        self._scalars("", record, record["step"])
+
+    def write_rollouts(self, step: int, groups: list[Group]) -> None:
+        """The first `log_rollouts` rollouts of a step, taken from all groups in turn."""
+        turns = [
+            (group, i) for i in range(max(len(g.rollouts) for g in groups)) for group in groups
+        ]
+        for group, i in turns[: self.log_rollouts]:
+            rollout = group.rollouts[i]
+            self.run.append(
+                "rollouts.jsonl",
+                {
+                    "step": step,
+                    "problem": group.problem.id,
+                    "prompt": list(group.problem.messages),
+                    "answer": group.problem.answer,
+                    "completion": rollout.text,
+                    "tokens": len(rollout.completion_ids),
+                    "finish_reason": rollout.finish_reason,
+                    "reward": group.rewards[i],
+                    "rewards": {name: values[i] for name, values in group.rewards_by_name.items()},
+                    "advantage": group.advantages[i],
+                },
+            )
+
+    def write_evaluation(self, step: int, summary: dict[str, Any]) -> None:
+        """An evaluation during training."""
+        self.run.append("eval.jsonl", {"step": step, **summary})
+        self._scalars("eval/", summary, step)
+
+    def _scalars(self, prefix: str, values: dict[str, Any], step: int) -> None:
+        if self.events is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, dict):
+                self._scalars(f"{prefix}{name}/", value, step)
+            elif isinstance(value, (int, float)) and name != "step":
+                self.events.add_scalar(prefix + name, value, step)

@@ -1,0 +1,72 @@
+"""From a configuration to the things it names: the machine's choices, the policy, the task, the
+rewards.
+"""
+
+from pathlib import Path
+
+from lowmem_grpo.config import Config
+from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
+from lowmem_grpo.policy.base import AdapterSettings, Policy
+from lowmem_grpo.policy.load import load_policy
+from lowmem_grpo.run.checkpoint import read_adapter
+from lowmem_grpo.tasks import Task, TaskOptions, load_task
+
+__all__ = ["choose", "open_policy", "open_task"]
+
+
+def choose(config: Config) -> tuple[Machine, dict[str, Choice]]:
+    """The machine, and the compute dtype and attention backend for it, each with its reason."""
+    machine = detect(config.model.device)
+    dtype = choose_compute_dtype(machine, config.model.compute_dtype)
+    attention = choose_attention(machine, dtype.value, config.model.attention)
+    return machine, {"compute_dtype": dtype, "attention": attention}
+
+
+def open_policy(config: Config, say=lambda text: None, adapter: Path | None = None) -> Policy:
+    """Load the policy as configured, with fresh adapters or those of a directory in PEFT's format.
+
+    `say` is told what was chosen and why.
+    """
+    import torch
+
+    machine, choices = choose(config)
+    say(f"device {machine.device}: {machine.name}")
+    for name, choice in choices.items():
+        say(f"{name.replace('_', ' ')} {choice.value}: {choice.reason}")
+    lora = config.lora
+    targets = lora.target_modules
+    policy = load_policy(
+        config.model.name,
+        device=machine.device,
+        dtype=getattr(torch, choices["compute_dtype"].value),
+        attention=choices["attention"].value,
+        adapters=AdapterSettings(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            init_lora_weights=True
+            if lora.init_lora_weights == "default"
+            else lora.init_lora_weights,
+        ),
+        seed=config.run.seed,
+        tile_tokens=config.memory.logits_tile_tokens,
+        tile_vocab=config.memory.logits_tile_vocab,
+        chat_template=config.model.chat_template,
+    )
+    if adapter is not None:
+        policy.load_adapter_state(read_adapter(adapter))
+        say(f"adapter {adapter}")
+    return policy
+
+
+def open_task(config: Config) -> Task:
+    """The task as configured."""
+    task = config.task
+    options = TaskOptions(
+        system_prompt=task.system_prompt,
+        prompt_column=task.prompt_column,
+        answer_column=task.answer_column,
+        eval_fraction=task.eval_fraction,
+        eval_path=task.eval_path,
+    )
+    return load_task(task.name, seed=task.seed, options=options)

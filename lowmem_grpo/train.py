@@ -1,0 +1,317 @@
+"""The loop: GRPO (Shao et al., DeepSeekMath, arXiv 2402.03300) on one 4-bit base, read top to
+bottom.
+
+    LOAD -> [ ROLLOUT -> REWARD -> REFERENCE -> UPDATE x num_iterations -> (EVAL) (SAVE) ] x steps
+
+A step is one optimizer step; a batch of groups serves `grpo.num_iterations` of them. What is in
+hand between two phases (`State`) is all that a run is: it is saved when a run stops, whatever the
+reason, and a resumed run goes on with the same tokens.
+
+Left out: several devices, multi-turn episodes, an old policy other than the sampler.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from lowmem_grpo.config import Config, config_toml
+from lowmem_grpo.grpo.advantages import group_advantages
+from lowmem_grpo.grpo.objective import rollout_weights
+from lowmem_grpo.grpo.optimizer import build_optimizer, learning_rate_at
+from lowmem_grpo.grpo.packing import pack
+from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
+from lowmem_grpo.policy.load import load_tokenizer
+from lowmem_grpo.policy.source import resolve
+from lowmem_grpo.rewards import Reward, load_rewards, score
+from lowmem_grpo.rollout.groups import end_token_ids, prompt_ids, sample_groups
+from lowmem_grpo.rollout.sampling import Sampling
+from lowmem_grpo.rollout.types import Group
+from lowmem_grpo.run.checkpoint import (
+    State,
+    check_same_mathematics,
+    latest,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from lowmem_grpo.run.console import Console
+from lowmem_grpo.run.directory import RunDirectory, write_atomic
+from lowmem_grpo.run.evaluate import evaluate
+from lowmem_grpo.run.meter import Meter
+from lowmem_grpo.run.metrics import MetricsWriter, step_record
+from lowmem_grpo.run.stop import StopRequest
+from lowmem_grpo.setup import open_policy, open_task
+from lowmem_grpo.tasks import Task
+
+__all__ = ["DONE", "STOPPED", "train"]
+
+DONE, STOPPED = 0, 4
+# k3 of sampler against trainer. Rounding gives about 1e-9 in float32 and 2e-3 in bfloat16; a wrong
+# mask or a missing adapter gives more than this.
+SAMPLER_KL_ALARM = 0.05
+
+
+def train(config: Config, *, resume: bool, overwrite: bool, console: Console) -> int:
+    """Train as configured in `config.run.output`. Returns the exit code: 0 done, 4 stopped by a
+    signal.
+
+    Raises UserError for what the person can mend. Once the loop has begun, the run is saved before
+    any error leaves it.
+    """
+    config.check_trainable()
+    task = open_task(config)
+    rewards = load_rewards(config.rewards.functions, config.rewards.weights, task)
+    _check_prompts(task, config)
+    with (
+        RunDirectory(config.run.output, resume=resume, overwrite=overwrite) as run,
+        StopRequest() as stop,
+    ):
+        checkpoint = latest(run.path) if resume else None
+        if checkpoint is not None:
+            check_same_mathematics(checkpoint, config)
+
+        # LOAD
+        policy = open_policy(config, console.say)
+        base_name = resolve(config.model.name)
+        parameters = list(policy.adapter_parameters().values())
+        o = config.optimizer
+        optimizer = build_optimizer(
+            parameters,
+            optim=o.optim,
+            learning_rate=o.learning_rate,
+            betas=(o.adam_beta1, o.adam_beta2),
+            eps=o.adam_epsilon,
+            weight_decay=o.weight_decay,
+        )
+        scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
+        state = State()
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, policy, optimizer)
+            console.say(f"resumed from {checkpoint} (step {state.step})")
+        if scaler is not None and state.scaler:
+            scaler.load_state_dict(state.scaler)
+        write_atomic(run / "config.toml", config_toml(config))
+        for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+            run.rewind(name, state.step)
+
+        def save() -> Path:
+            state.scaler = scaler.state_dict() if scaler is not None else {}
+            return save_checkpoint(run, state, policy, optimizer, config, base_name)
+
+        with MetricsWriter(
+            run, tensorboard=config.run.tensorboard, log_rollouts=config.run.log_rollouts
+        ) as metrics:
+            saved_at = state.step if checkpoint is not None else None
+            try:
+                if config.eval.every and state.step == 0 and state.groups is None:
+                    _evaluate(policy, task, config, 0, metrics, console)
+                while state.step < config.run.steps and not stop.requested:
+                    meter = Meter(policy.device)
+                    begun = time.perf_counter()
+
+                    # ROLLOUT
+                    if state.groups is None:
+                        with meter.phase("rollout"):
+                            state.groups = _roll_out(policy, task, config, state.batch, console)
+                        state.batch, state.iteration = state.batch + 1, 0
+                    if stop.requested:
+                        break
+
+                    # REWARD
+                    if not state.groups[0].rewards:
+                        with meter.phase("reward"):
+                            _judge(state.groups, rewards, config)
+                    if stop.requested:
+                        break
+
+                    # REFERENCE
+                    scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
+                    if config.grpo.beta and state.groups[0].rollouts[0].ref_logprobs is None:
+                        with meter.phase("reference"):
+                            batches = _pack(state.groups, config)
+                            total = sum(batch.tokens for batch in batches)
+                            with console.progress("reference", total) as advance:
+                                score_reference(policy, batches, scoring, advance)
+                    if stop.requested:
+                        break
+
+                    # UPDATE
+                    with meter.phase("update"):
+                        batches = _pack(state.groups, config)
+                        total = sum(batch.tokens for batch in batches)
+                        learning_rate = learning_rate_at(
+                            state.step + 1,
+                            base=o.learning_rate,
+                            schedule=o.lr_scheduler_type,
+                            warmup_steps=o.warmup_steps,
+                            total_steps=config.run.steps,
+                        )
+                        with console.progress("update", total) as advance:
+                            stats = accumulate(
+                                policy,
+                                batches,
+                                scoring,
+                                epsilon=config.grpo.epsilon,
+                                epsilon_high=_epsilon_high(config),
+                                beta=config.grpo.beta,
+                                checkpointing=config.memory.gradient_checkpointing,
+                                loss_scale=scaler.scale if scaler is not None else _unscaled,
+                                advance=advance,
+                            )
+                        grad_norm, change = apply_update(
+                            parameters,
+                            optimizer,
+                            learning_rate=learning_rate,
+                            max_grad_norm=o.max_grad_norm,
+                            scaler=scaler,
+                        )
+                    meter.seconds["total"] = time.perf_counter() - begun
+                    trained = sum(len(batch.members) for batch in batches)
+                    record = step_record(
+                        step=state.step + 1,
+                        iteration=state.iteration,
+                        groups=state.groups,
+                        stats=stats,
+                        skipped=sum(len(g.rollouts) for g in state.groups) - trained,
+                        grad_norm=grad_norm,
+                        adapter_change=change,
+                        learning_rate=learning_rate,
+                        meter=meter,
+                    )
+                    if state.iteration == 0:
+                        metrics.write_rollouts(state.step + 1, state.groups)
+                    state.step, state.iteration = state.step + 1, state.iteration + 1
+                    if state.iteration == config.grpo.num_iterations:
+                        state.groups = None
+
+                    # SAVE, EVAL
+                    every = config.run.save_every
+                    if every and state.step % every == 0:
+                        with meter.phase("save"):
+                            save()
+                        saved_at = state.step
+                        record["seconds"] |= {"save": round(meter.seconds["save"], 4)}
+                    metrics.write(record)
+                    console.step(record, config.run.steps)
+                    _watch(record, console)
+                    last = state.step == config.run.steps
+                    if config.eval.every and (last or state.step % config.eval.every == 0):
+                        _evaluate(policy, task, config, state.step, metrics, console)
+            except Exception as error:
+                # The adapters are those of the last whole step: nothing above changes them but
+                # `apply_update`.
+                where = save()
+                console.warn(f"stopped in step {state.step + 1}; the run is saved in {where}")
+                raise error
+            if saved_at != state.step or stop.requested:
+                where = save()
+                console.say(f"saved {where}")
+        if stop.requested and state.step < config.run.steps:
+            console.say(f"stopped by {stop.requested} after step {state.step}; --resume goes on")
+            return STOPPED
+        save_adapter(run / "adapter", policy, base_name)
+        console.say(f"done: {state.step} steps, adapter in {run / 'adapter'}")
+    return DONE
+
+
+def _check_prompts(task: Task, config: Config) -> None:
+    """Meet every prompt that is longer than allowed before anything is loaded, and not in the
+    middle of the run.
+    """
+    tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
+    batches = -(-config.run.steps // config.grpo.num_iterations)
+    for index in range(batches * config.rollout.problems_per_step):
+        prompt_ids(tokenizer, task.train_problem(index), config.rollout.max_prompt_length)
+    if config.eval.every:
+        for problem in task.eval_problems(config.eval.num_problems):
+            prompt_ids(tokenizer, problem, config.rollout.max_prompt_length)
+
+
+def _roll_out(policy, task: Task, config: Config, batch: int, console: Console) -> list[Group]:
+    r = config.rollout
+    first = batch * r.problems_per_step
+    problems = [task.train_problem(first + i) for i in range(r.problems_per_step)]
+    most = r.problems_per_step * r.num_generations * r.max_completion_length
+    with console.progress("rollout", most) as advance:
+        return sample_groups(
+            policy,
+            problems,
+            num_generations=r.num_generations,
+            sampling=Sampling(
+                temperature=r.temperature,
+                min_completion_length=r.min_completion_length,
+                max_completion_length=r.max_completion_length,
+            ),
+            seed=config.run.seed,
+            step=batch,
+            max_prompt_length=r.max_prompt_length,
+            batch_size=config.memory.rollout_batch_size,
+            advance=advance,
+        )
+
+
+def _judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
+    """Write rewards and advantages into the groups."""
+    size = config.rollout.num_generations
+    texts = [rollout.text for group in groups for rollout in group.rollouts]
+    scores = score(rewards, texts, [group.problem for group in groups for _ in group.rollouts])
+    rewards_BG = torch.tensor(scores.total, dtype=torch.float64).view(len(groups), size)
+    advantages_BG = group_advantages(rewards_BG, config.grpo.scale_rewards).tolist()
+    for i, group in enumerate(groups):
+        mine = slice(i * size, (i + 1) * size)
+        group.rewards = scores.total[mine]
+        group.rewards_by_name = {name: values[mine] for name, values in scores.by_name.items()}
+        group.advantages = advantages_BG[i]
+
+
+def _pack(groups: list[Group], config: Config):
+    lengths = [len(rollout.completion_ids) for group in groups for rollout in group.rollouts]
+    weights = rollout_weights(lengths, config.grpo.loss_type, config.rollout.max_completion_length)
+    return pack(
+        groups,
+        weights,
+        max_tokens=config.memory.micro_batch_tokens,
+        min_completion_length=config.rollout.min_completion_length,
+        # With a KL penalty every rollout reaches the gradient, whatever its advantage.
+        skip_zero_advantage=config.grpo.beta == 0,
+    )
+
+
+def _evaluate(
+    policy, task, config: Config, step: int, metrics: MetricsWriter, console: Console
+) -> None:
+    e = config.eval
+    with console.progress("evaluation", None) as advance:
+        found = evaluate(
+            policy,
+            task,
+            num_problems=e.num_problems,
+            max_prompt_length=config.rollout.max_prompt_length,
+            max_completion_length=e.max_completion_length or config.rollout.max_completion_length,
+            batch_size=e.batch_size,
+            advance=advance,
+        )
+    metrics.write_evaluation(step, found.summary())
+    console.say(f"held out after step {step}: {found.line()}")
+
+
+def _watch(record: dict, console: Console) -> None:
+    """Say aloud what would otherwise be a flat curve in the morning."""
+    step = record["step"]
+    if (record["sampler_kl"] or 0.0) > SAMPLER_KL_ALARM:
+        console.warn(
+            f"step {step}: sampler and trainer disagree (sampler_kl {record['sampler_kl']:.3f}): "
+            "ratios are not those of the policy that sampled"
+        )
+    if record["adapter_change"] == 0.0 and record["tokens_trained"]:
+        console.warn(f"step {step}: the adapters did not change")
+
+
+def _epsilon_high(config: Config) -> float:
+    high = config.grpo.epsilon_high
+    return config.grpo.epsilon if high is None else high
+
+
+def _unscaled(loss: torch.Tensor) -> torch.Tensor:
+    return loss

@@ -1,0 +1,141 @@
+"""A run that was stopped, killed or broken and resumed ends like one that was not, to the bit."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import TINY, assert_same_run, call, metrics, train
+
+# Scores by length so that groups differ; at its third call in a marked directory it does what the
+# test asks for.
+REWARD = """
+import os, signal
+from pathlib import Path
+
+def scored(completions, **fields):
+    here = Path({here!r})
+    calls = int((here / "calls").read_text()) + 1 if (here / "calls").exists() else 1
+    (here / "calls").write_text(str(calls))
+    if calls == 3 and not (here / "done").exists():
+        (here / "done").touch()
+        {act}
+    return [float(len(text) % 5) for text in completions]
+"""
+
+
+def reward_file(tmp_path, act="pass"):
+    path = tmp_path / f"reward_{len(list(tmp_path.iterdir()))}.py"
+    here = tmp_path / f"{path.stem}_calls"
+    here.mkdir()
+    path.write_text(REWARD.format(here=str(here), act=act))
+    return f"{path}:scored"
+
+
+def undisturbed(tiny_model_dir, tmp_path, *arguments):
+    train(tiny_model_dir, tmp_path / "whole", "--steps", "6", *arguments)
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["--set", "grpo.num_iterations=2"],  # three steps end between the two iterations on a batch
+        ["--set", "grpo.beta=0", "--set", "grpo.num_iterations=2"],
+        ["--set", "optimizer.optim=adamw_8bit"],
+    ],
+)
+def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
+    settings = [*settings, "--reward", reward_file(tmp_path)]
+    whole = undisturbed(tiny_model_dir, tmp_path, *settings)
+    part = tmp_path / "part"
+    train(tiny_model_dir, part, "--steps", "3", *settings)
+    train(tiny_model_dir, part, "--steps", "6", "--resume")
+    assert_same_run(whole, part, 6)
+    assert len(metrics(whole)) == 6
+    assert all(m["adapter_change"] > 0 for m in metrics(whole))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path):
+    whole = undisturbed(tiny_model_dir, tmp_path, "--reward", reward_file(tmp_path))
+    reward = reward_file(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    part = tmp_path / "part"
+    arguments = ["--model", str(tiny_model_dir), "--output", str(part), *TINY, "--reward", reward]
+    arguments += ["--steps", "6", "--save-every", "1"]
+    killed = subprocess.run([sys.executable, "-m", "lowmem_grpo", "train", *arguments])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(metrics(part)) == 2
+    result = call("train", *arguments, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert [m | {"rewards": None} for m in metrics(part)] == [
+        m | {"rewards": None} for m in metrics(whole)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(tiny_model_dir, tmp_path, number):
+    whole = undisturbed(tiny_model_dir, tmp_path, "--reward", reward_file(tmp_path))
+    reward = reward_file(tmp_path, f"os.kill(os.getpid(), {int(number)})")
+    part = tmp_path / "part"
+    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, "--reward", reward]
+    stopped = call("train", *arguments, "--steps", "6")
+    assert stopped.exit_code == 4
+    state = json.loads((part / "checkpoints/step-000002/state.json").read_text())
+    assert state["step"] == 2
+    assert state["groups"][0]["rewards"]  # sampled and scored: neither is done again
+    result = call("train", *arguments, "--steps", "6", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / f"{reward.split(':')[0][:-3]}_calls" / "calls").read_text() == "6"
+    assert_same_run(whole, part, 6)
+
+
+@pytest.mark.parametrize(
+    ("act", "says"),
+    [
+        ("raise KeyError('colour')", "raised KeyError"),
+        ("return [1.0]", "1 values for 8 completions"),
+        ("return [float('nan')] * 8", "nan"),
+    ],
+)
+def test_a_failing_reward_costs_no_step(tiny_model_dir, tmp_path, act, says):
+    reward = reward_file(tmp_path, act)
+    part = tmp_path / "part"
+    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, "--reward", reward]
+    failed = call("train", *arguments, "--steps", "4")
+    assert failed.exit_code == 1
+    assert "reward 'scored'" in failed.stderr
+    assert says in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert (part / "checkpoints/step-000002").is_dir()
+    assert call("train", *arguments, "--steps", "4", "--resume").exit_code == 0
+    assert [m["step"] for m in metrics(part)] == [1, 2, 3, 4]
+
+
+def test_settings_that_change_the_mathematics_are_refused(tiny_model_dir, tmp_path):
+    part = tmp_path / "part"
+    train(tiny_model_dir, part, "--steps", "1")
+    again = ["train", "--output", part, "--resume", "--steps", "2", "--quiet"]
+    refused = call(*again, "--set", "grpo.beta=0.1")
+    assert refused.exit_code == 2
+    assert "grpo.beta is 0.1, and the run was started with 0.04" in refused.stderr
+    refused = call(*again, "--set", "model.compute_dtype=bfloat16")
+    assert refused.exit_code == 2
+    assert metrics(part)[-1]["step"] == 1
+    # How memory is used is free.
+    assert call(*again, "--set", "memory.micro_batch_tokens=40").exit_code == 0
+
+
+def test_checkpoints_are_pruned_and_line_files_rewound(tiny_model_dir, tmp_path):
+    part = tmp_path / "part"
+    train(tiny_model_dir, part, "--steps", "4", "--save-every", "1", "--set", "run.keep_last=2")
+    assert [p.name for p in sorted((part / "checkpoints").iterdir())] == [
+        "step-000003",
+        "step-000004",
+    ]
+    with (part / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "reward_mean": 1}\n{"step": 6, "rew')  # cut off by a crash
+    train(tiny_model_dir, part, "--steps", "5", "--resume")
+    assert [m["step"] for m in metrics(part)] == [1, 2, 3, 4, 5]

@@ -1,0 +1,119 @@
+"""The configuration: precedence, origins, and errors that name the value and the way out."""
+
+import pytest
+import tomlkit
+
+from lowmem_grpo.config import Config, build_config, config_toml, load_config, parse_assignment
+from lowmem_grpo.errors import ConfigError
+
+
+def test_later_layers_win_and_are_named(tmp_path):
+    run = tmp_path / "run.toml"
+    run.write_text("[grpo]\nbeta = 0.1\nepsilon = 0.3\n[rollout]\nnum_generations = 6\n")
+    config = load_config(
+        str(run),
+        profile=("profile cpu", {"rollout": {"num_generations": 4, "max_prompt_length": 99}}),
+        assignments=[("--set", {"grpo": {"beta": 0.2}})],
+    )
+    assert config.rollout.max_prompt_length == 99  # profile over default
+    assert config.rollout.num_generations == 6  # file over profile
+    assert config.grpo.beta == 0.2  # flag over file
+    assert config.grpo.epsilon == 0.3
+    assert config.grpo.num_iterations == 1
+    assert config.sources["grpo.beta"] == "--set"
+    assert config.sources["rollout.max_prompt_length"] == "profile cpu"
+
+
+def test_defaults_are_deepseekmaths():
+    config = Config()
+    assert (config.grpo.beta, config.grpo.epsilon, config.grpo.loss_type) == (0.04, 0.2, "grpo")
+
+
+def test_saved_configuration_reads_back_the_same(tmp_path):
+    config = build_config(
+        [
+            ("--set", {"rewards": {"functions": ["number", "format:a\\d"], "weights": [1.0, 0.5]}}),
+            ("--set", {"task": {"system_prompt": 'say "no" # ever\nplease'}}),
+        ]
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(config_toml(config))
+    again = load_config(str(path), profile=None, assignments=[])
+    assert again.model_dump() == config.model_dump()
+    assert "# --set" in path.read_text()
+    assert tomlkit.parse(path.read_text())["grpo"]["beta"] == 0.04
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("grpo.beta=0", {"grpo": {"beta": 0}}),
+        ("task.name=arithmetic:digits=2", {"task": {"name": "arithmetic:digits=2"}}),
+        ("rewards.weights=[1, 0.5]", {"rewards": {"weights": [1, 0.5]}}),
+        ("run.tensorboard = true", {"run": {"tensorboard": True}}),
+        ("task.system_prompt=Be brief.", {"task": {"system_prompt": "Be brief."}}),
+        ('model.name="a = b"', {"model": {"name": "a = b"}}),
+    ],
+)
+def test_assignments_are_toml_or_text(text, expected):
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["beta=1", "grpo.beta", "=1", ".beta=1", "grpo.=2"])
+def test_malformed_assignments(text):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
+        parse_assignment(text)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"grpo": {"betta": 1}}, "did you mean 'grpo.beta'"),
+        ({"gropo": {"beta": 1}}, "unknown section 'gropo' (did you mean 'grpo'?)"),
+        ({"rollout": {"max_tokens": 1}}, "unknown key 'rollout.max_tokens'"),
+        ({"grpo": 3}, "must be a section"),
+        ({"grpo": {"beta": -0.1}}, "grpo.beta = -0.1 (from here)"),
+        ({"grpo": {"beta": float("nan")}}, "grpo.beta"),
+        ({"grpo": {"loss_type": "ppo"}}, "'grpo', 'dapo' or 'dr_grpo'"),
+        ({"rollout": {"num_generations": 1}}, "greater than or equal to 2"),
+        ({"rollout": {"num_generations": "many"}}, "rollout.num_generations = 'many'"),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature = 0"),
+        (
+            {"rollout": {"min_completion_length": 9, "max_completion_length": 8}},
+            "min_completion_length = 9 is above",
+        ),
+        ({"optimizer": {"warmup_steps": 100}}, "warmup_steps = 100 leaves nothing"),
+        ({"lora": {"init_lora_weights": "pissa_niter_4"}}, "changes the base weights"),
+        ({"rewards": {"functions": ["number"], "weights": [1, 2]}}, "2 values for 1"),
+    ],
+)
+def test_wrong_values_are_named_with_their_origin(sections, says):
+    with pytest.raises(ConfigError) as caught:
+        build_config([("here", sections)])
+    message = str(caught.value)
+    assert says in message
+    assert len(message) < 250
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 40), ("min_p", 0.05)])
+def test_training_refuses_a_distribution_that_it_does_not_score(key, value):
+    config = build_config([("--set", {"rollout": {key: value}})])
+    with pytest.raises(ConfigError, match=f"rollout.{key} = {value}"):
+        config.check_trainable()
+
+
+def test_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(str(tmp_path / "none.toml"), profile=None, assignments=[])
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[grpo]\nbeta = = 1\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        load_config(str(bad), profile=None, assignments=[])
+
+
+def test_every_field_is_described():
+    for section, field in Config.model_fields.items():
+        if section != "sources":
+            for key, entry in field.annotation.model_fields.items():
+                assert entry.description, f"{section}.{key}"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs the test extra into .venv and runs the default tests. Arguments go to pytest: `bash tools/test.sh -m slow`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/install.sh
+install "[test]"
+exec .venv/bin/python -m pytest "$@"
