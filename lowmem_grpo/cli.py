@@ -12,6 +12,7 @@ import click
 
 from lowmem_grpo import __version__
 from lowmem_grpo.cli_machine import doctor, model, profiles
+from lowmem_grpo.cli_memory import memory
 from lowmem_grpo.cli_options import (
     JSON,
     QUIET,
@@ -61,7 +62,7 @@ def main(debug: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for command in (doctor, model, profiles):
+for command in (doctor, memory, model, profiles):
     main.add_command(command)
 
 
@@ -88,11 +89,13 @@ def train(run_file, profile, assignments, rewards, resume, overwrite, quiet, **f
         if saved.is_file():
             run_file, profile = str(saved), None
     flags["rewards__functions"] = list(rewards) or None
-    config = read_config(run_file, profile, assignments, flags)
     from lowmem_grpo.run.console import Console
+
+    console = Console(quiet=quiet)
+    config = read_config(run_file, profile, assignments, flags, console.say)
     from lowmem_grpo.train import train as run_training
 
-    sys.exit(run_training(config, resume=resume, overwrite=overwrite, console=Console(quiet=quiet)))
+    sys.exit(run_training(config, resume=resume, overwrite=overwrite, console=console))
 
 
 @main.command(name="eval")
@@ -118,7 +121,7 @@ def evaluate(target, profile, assignments, show, as_json, quiet, **flags) -> Non
     from lowmem_grpo.setup import open_policy, open_task
 
     console = Console(quiet=quiet or as_json)
-    config, adapter = read_target(target, profile, assignments, flags)
+    config, adapter = read_target(target, profile, assignments, flags, console.say)
     task = open_task(config)
     policy = open_policy(config, console.say, adapter=adapter)
     with console.progress("evaluation", None) as advance:
@@ -172,7 +175,7 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
     from lowmem_grpo.tasks.base import Problem, chat
 
     console = Console(quiet=quiet)
-    config, adapter = read_target(target, profile, assignments, flags)
+    config, adapter = read_target(target, profile, assignments, flags, console.say)
     if prompt is None:
         problem = open_task(config).eval_problems(1)[0]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +84,18 @@ def options(*groups):
     return decorate
 
 
-def read_config(run_file: str | None, profile: str | None, assignments, flags: dict) -> Config:
-    """Defaults < profile < run file < --set and flags; no profile when it is None."""
-    from lowmem_grpo.config import load_config, parse_assignment
+def read_config(
+    run_file: str | None,
+    profile: str | None,
+    assignments: tuple[str, ...],
+    flags: dict[str, Any],
+    say: Callable[[str], None] = lambda text: None,
+) -> Config:
+    """Defaults < profile < run file < --set and flags; no profile when it is None.
+
+    `say` is told which profile was chosen and why.
+    """
+    from lowmem_grpo.config import load_config, parse_assignment, read_toml
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.profiles import choose_profile
 
@@ -96,27 +106,32 @@ def read_config(run_file: str | None, profile: str | None, assignments, flags: d
             layers.append(("command line", {section: {key: value}}))
     base = None
     if profile is not None:
-        chosen = choose_profile(profile, detect(_device(layers))).value
-        base = f"profile {chosen.name}", chosen.settings
+        device = "auto"
+        for sections in [read_toml(run_file) if run_file else {}, *(s for _, s in layers)]:
+            model = sections.get("model")
+            device = str(model.get("device", device)) if isinstance(model, dict) else device
+        chosen = choose_profile(profile, detect(device))
+        say(f"profile {chosen.value.name}: {chosen.reason}")
+        base = f"profile {chosen.value.name}", chosen.value.settings
     return load_config(run_file, profile=base, assignments=layers)
-
-
-def _device(layers) -> str:
-    device = "auto"
-    for _, sections in layers:
-        device = str(sections.get("model", {}).get("device", device))
-    return device
 
 
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def read_target(target: str, profile: str, assignments, flags: dict) -> tuple[Config, Path | None]:
+def read_target(
+    target: str,
+    profile: str,
+    assignments: tuple[str, ...],
+    flags: dict[str, Any],
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Config, Path | None]:
     """The configuration of a run and its adapter, or that of a plain model and None."""
     from lowmem_grpo.run.export import adapter_directory
 
     saved = Path(target) / "config.toml"
     if saved.is_file():
         return read_config(str(saved), None, assignments, flags), adapter_directory(Path(target))
-    return read_config(None, profile, assignments, {"model__name": target, **flags}), None
+    flags = {"model__name": target, **flags}
+    return read_config(None, profile, assignments, flags, say), None

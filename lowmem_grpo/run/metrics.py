@@ -3,6 +3,7 @@
 from statistics import fmean, stdev
 from typing import Any
 
+from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.grpo.update import UpdateStats
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.directory import RunDirectory
@@ -73,8 +74,12 @@ class MetricsWriter:
         self.log_rollouts = log_rollouts
         self.events = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(
+                    "run.tensorboard = true needs TensorBoard: pip install 'lowmem-grpo[report]'"
+                ) from error
             self.events = SummaryWriter(str(run / "tensorboard"))
 
     def __enter__(self) -> "MetricsWriter":
