@@ -1,0 +1,123 @@
+"""Policies for tests, the tiny model with adapters that do something, and the naive update.
+
+The twin knows rows: each completion behind its own copy of the prompt, through the model's own
+eager attention, full log-softmax, and the loss as the papers write it.
+"""
+
+import torch
+
+from lowmem_grpo.grpo.packing import pack
+from lowmem_grpo.policy.base import AdapterSettings
+from lowmem_grpo.policy.load import load_policy
+
+__all__ = [
+    "gradients",
+    "make_off_policy",
+    "move_adapters",
+    "naive_logprobs",
+    "naive_loss",
+    "open_policy",
+    "plain_forward",
+    "relative_error",
+]
+
+
+def open_policy(directory, *, dtype=torch.float32, r=4, tile_tokens=7, tile_vocab=19):
+    """The model of `directory` on the CPU, with adapters away from their start (where B is zero).
+
+    The tiles are small and fit nothing evenly.
+    """
+    policy = load_policy(
+        str(directory),
+        device="cpu",
+        dtype=dtype,
+        attention="sdpa",
+        adapters=AdapterSettings(r=r, lora_alpha=2 * r),
+        seed=0,
+        tile_tokens=tile_tokens,
+        tile_vocab=tile_vocab,
+    )
+    move_adapters(policy, 0.1)
+    return policy
+
+
+def move_adapters(policy, scale, seed=1):
+    """Give every adapter weight a random value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters().values():
+            parameter.normal_(0.0, scale, generator=generator)
+
+
+def gradients(policy):
+    """All adapters' gradients as one vector; they are then cleared."""
+    parameters = policy.adapter_parameters().values()
+    found = torch.cat([p.grad.flatten() for p in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def plain_forward(policy, ids):
+    """Logits [tokens, V] of one row by the model's own eager attention: no cache, no packing."""
+    attention = policy.causal_lm.config._attn_implementation
+    policy.causal_lm.set_attn_implementation("eager")
+    try:
+        return policy.causal_lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        policy.causal_lm.set_attn_implementation(attention)
+
+
+def naive_logprobs(policy, prompt, completion, *, temperature=1.0, end_ids=(), minimum=0):
+    """Log-probs and entropies [C] of a completion, in the policy's current role."""
+    logits = plain_forward(policy, prompt + completion)[len(prompt) - 1 : -1] / temperature
+    forbidden = torch.zeros_like(logits, dtype=torch.bool)
+    forbidden[:minimum, list(end_ids)] = True
+    logp = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(forbidden, 0.0)).sum(-1)
+    return logp.gather(1, torch.tensor(completion)[:, None])[:, 0], entropy
+
+
+def make_off_policy(policy, groups, scoring, *, spread=0.3, seed=5):
+    """Old log-probs near the policy's own, so that ratios lie on both sides of both clips."""
+    generator = torch.Generator().manual_seed(seed)
+    (batch,) = pack(groups, [1.0] * 1000, max_tokens=10**9)
+    with policy.as_sampler():
+        logprobs = scoring(policy, batch)[0].tolist()
+    for rollout in batch.members:
+        count = len(rollout.completion_ids)
+        noise = spread * torch.randn(count, generator=generator)
+        rollout.logprobs = (torch.tensor(logprobs[:count]) + noise).tolist()
+        del logprobs[:count]
+
+
+def naive_loss(
+    policy, groups, *, loss_type, beta, epsilon, epsilon_high, longest, **scoring_options
+):
+    """The step's loss with its graph, and the number of tokens clipped below and above."""
+    rows, lengths, low, high = [], [], 0, 0
+    for group in groups:
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+            row = (policy, group.prompt_ids, rollout.completion_ids)
+            new, _ = naive_logprobs(*row, **scoring_options)
+            ratio = torch.exp(new - torch.tensor(rollout.logprobs))
+            clipped = torch.clamp(ratio, 1 - epsilon, 1 + epsilon_high)
+            loss = -torch.min(ratio * advantage, clipped * advantage)
+            low += int(((ratio < 1 - epsilon) & (advantage < 0)).sum())
+            high += int(((ratio > 1 + epsilon_high) & (advantage > 0)).sum())
+            if beta:
+                with policy.as_reference():
+                    ref, _ = naive_logprobs(*row, **scoring_options)
+                loss = loss + beta * (torch.exp(ref - new) - (ref - new) - 1)
+            rows.append(loss)
+            lengths.append(len(loss))
+    if loss_type == "grpo":
+        return torch.stack([row.mean() for row in rows]).mean(), low, high
+    total = torch.cat(rows).sum()
+    if loss_type == "dapo":
+        return total / sum(lengths), low, high
+    return total / (len(rows) * longest), low, high

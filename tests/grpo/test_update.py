@@ -1,0 +1,222 @@
+"""The update: its gradient against naive rows and however it is cut, and the step that follows."""
+
+import copy
+
+import pytest
+import torch
+
+from lowmem_grpo.grpo.objective import LOSS_TYPES, rollout_weights
+from lowmem_grpo.grpo.packing import pack
+from lowmem_grpo.grpo.update import Scoring, UpdateStats, accumulate, score_reference
+from tests.grpo.policies import (
+    gradients,
+    make_off_policy,
+    naive_logprobs,
+    naive_loss,
+    open_policy,
+    relative_error,
+)
+from tests.grpo.rollouts import make_groups
+
+SHAPE = [(6, [4, 1, 7, 3]), (3, [5, 5, 2, 6]), (9, [1, 2, 5, 6])]
+LONGEST = 9
+CLIP = {"epsilon": 0.2, "epsilon_high": 0.25}
+# One batch; one group each; pieces of two or three completions; single completions.
+LIMITS = {"everything": 10**6, "one group": 24, "half a group": 15, "one completion": 1}
+
+
+def no_advance(tokens):
+    pass
+
+
+def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False):
+    lengths = [len(r.completion_ids) for g in groups for r in g.rollouts]
+    return pack(
+        groups,
+        rollout_weights(lengths, loss_type, LONGEST),
+        max_tokens=limit,
+        min_completion_length=minimum,
+        skip_zero_advantage=skip,
+    )
+
+
+def step_gradient(policy, batches, scoring, *, beta, checkpointing=False):
+    stats = accumulate(policy, batches, scoring, beta=beta, checkpointing=checkpointing, **CLIP)
+    return stats, gradients(policy)
+
+
+@pytest.fixture(scope="module")
+def scoring():
+    return Scoring(temperature=0.8, end_ids=(0, 60))
+
+
+@pytest.fixture(scope="module")
+def groups(policy, scoring):
+    """Off-policy rollouts whose reference log-probs are known."""
+    groups = make_groups(SHAPE, vocab=128)
+    make_off_policy(policy, groups, scoring)
+    score_reference(policy, batches_of(groups, limit=15), scoring, no_advance)
+    return groups
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_packed_is_unpacked(policy, groups, scoring, loss_type, beta):
+    expected, low, high = naive_loss(
+        policy,
+        groups,
+        loss_type=loss_type,
+        beta=beta,
+        longest=LONGEST,
+        temperature=scoring.temperature,
+        **CLIP,
+    )
+    expected.backward()
+    expected_gradient = gradients(policy)
+    stats, found = step_gradient(
+        policy, batches_of(groups, loss_type=loss_type), scoring, beta=beta
+    )
+    assert relative_error(found, expected_gradient) < 1e-5
+    assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert (stats.sums["clip_low"], stats.sums["clip_high"]) == (low, high)
+    assert min(low, high) >= 2  # the rollouts say something about clipping
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("cut", LIMITS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_add_up_to_the_step(policy, groups, scoring, loss_type, cut, checkpointing):
+    whole = batches_of(groups, loss_type=loss_type)
+    pieces = batches_of(groups, loss_type=loss_type, limit=LIMITS[cut])
+    counts = {"everything": 1, "one group": 3, "half a group": 6, "one completion": 12}
+    assert len(pieces) == counts[cut]
+    expected_stats, expected = step_gradient(policy, whole, scoring, beta=0.04)
+    stats, found = step_gradient(policy, pieces, scoring, beta=0.04, checkpointing=checkpointing)
+    assert relative_error(found, expected) < 1e-5
+    assert stats.loss == pytest.approx(expected_stats.loss, rel=1e-5)
+    assert stats.tokens_scored == expected_stats.tokens_scored == 47
+    for name in ("kl", "entropy", "sampler_kl", "clip_low", "clip_high"):
+        assert stats.mean(name) == pytest.approx(expected_stats.mean(name), rel=1e-5)
+
+
+def test_tokens_that_were_forbidden_are_scored_as_they_were_drawn(policy, groups, scoring):
+    groups, minimum = copy.deepcopy(groups), 3
+    options = {"temperature": 0.8, "end_ids": scoring.end_ids, "minimum": minimum}
+    for group in groups:
+        for rollout in group.rollouts:
+            drawn = rollout.completion_ids[:minimum]
+            rollout.completion_ids[:minimum] = [1 if t in scoring.end_ids else t for t in drawn]
+    expected, _, _ = naive_loss(
+        policy, groups, loss_type="grpo", beta=0.0, longest=LONGEST, **CLIP, **options
+    )
+    expected.backward()
+    expected_gradient = gradients(policy)
+    held, free = batches_of(groups, minimum=minimum), batches_of(groups)
+    _, found = step_gradient(policy, held, scoring, beta=0.0)
+    assert relative_error(found, expected_gradient) < 1e-5
+    _, forgotten = step_gradient(policy, free, scoring, beta=0.0)
+    assert relative_error(forgotten, expected_gradient) > 1e-3
+
+
+def test_zero_advantages_change_nothing_where_they_are_skipped(policy, scoring):
+    groups = make_groups(SHAPE, vocab=128, seed=3)
+    make_off_policy(policy, groups, scoring)
+    groups[0].advantages = [0.0] * 4
+    groups[2].advantages[1] = 0.0
+    all_of_them, some = batches_of(groups), batches_of(groups, skip=True)
+    whole_stats, whole = step_gradient(policy, all_of_them, scoring, beta=0.0)
+    stats, found = step_gradient(policy, some, scoring, beta=0.0)
+    assert relative_error(found, whole) < 1e-6
+    assert stats.loss == pytest.approx(whole_stats.loss, rel=1e-6)
+    assert stats.tokens_trunk < whole_stats.tokens_trunk
+    # A KL penalty reaches every rollout: leaving these out would be wrong.
+    score_reference(policy, all_of_them, scoring, no_advance)
+    _, whole = step_gradient(policy, batches_of(groups), scoring, beta=0.04)
+    _, found = step_gradient(policy, batches_of(groups, skip=True), scoring, beta=0.04)
+    assert relative_error(found, whole) > 1e-3
+
+
+def test_nothing_to_train_on(policy, scoring):
+    stats = accumulate(policy, [], scoring, beta=0.0, checkpointing=False, **CLIP)
+    assert (stats.loss, stats.tokens_scored, stats.mean("entropy")) == (0.0, 0, None)
+    assert all(p.grad is None for p in policy.adapter_parameters().values())
+
+
+def test_reference_is_the_base_without_adapters(policy, scoring):
+    groups = make_groups(SHAPE, vocab=128, seed=4)
+    told = []
+    tokens = score_reference(policy, batches_of(groups, limit=15), scoring, told.append)
+    assert tokens == sum(told) == sum(batch.tokens for batch in batches_of(groups, limit=15))
+    for group in groups:
+        for rollout in group.rollouts:
+            row = (policy, group.prompt_ids, rollout.completion_ids)
+            with policy.as_reference():
+                base, _ = naive_logprobs(*row, temperature=0.8)
+            with policy.as_sampler():
+                own, _ = naive_logprobs(*row, temperature=0.8)
+            assert rollout.ref_logprobs == pytest.approx(base.tolist(), abs=1e-5)
+            assert rollout.ref_logprobs != pytest.approx(own.tolist(), abs=1e-2)
+
+
+def test_a_reference_that_fails_half_way_leaves_nothing(policy, scoring):
+    groups = make_groups(SHAPE, vocab=128)
+    batches, done = batches_of(groups, limit=15), []
+
+    def failing(policy, batch):
+        if len(done) == 2:
+            raise RuntimeError("out of memory")
+        done.append(batch)
+        return scoring(policy, batch)
+
+    with pytest.raises(RuntimeError):
+        score_reference(policy, batches, failing, no_advance)
+    # A run that is saved here and resumed asks whether the first rollout has its reference.
+    assert all(r.ref_logprobs is None for group in groups for r in group.rollouts)
+
+
+def test_stats_are_those_of_the_rollouts(policy, groups, scoring):
+    told = []
+    batches = batches_of(groups, limit=24)
+    stats = accumulate(
+        policy, batches, scoring, beta=0.04, checkpointing=False, advance=told.append, **CLIP
+    )
+    gradients(policy)
+    entropies, divergences = [], []
+    for group in groups:
+        for rollout in group.rollouts:
+            with torch.no_grad():
+                new, entropy = naive_logprobs(
+                    policy, group.prompt_ids, rollout.completion_ids, temperature=0.8
+                )
+            entropies += entropy.tolist()
+            ref = torch.tensor(rollout.ref_logprobs)
+            divergences += (torch.exp(ref - new) - (ref - new) - 1).tolist()
+    assert stats.tokens_scored == len(entropies) == 47
+    assert stats.tokens_trunk == sum(told) == sum(p + sum(c) - len(c) for p, c in SHAPE)
+    assert stats.mean("entropy") == pytest.approx(sum(entropies) / 47, rel=1e-4)
+    assert stats.mean("kl") == pytest.approx(sum(divergences) / 47, rel=1e-3)
+    assert stats.mean("nothing") is None
+    assert UpdateStats().mean("kl") is None
+
+
+def test_on_policy_ratios_are_one(policy, scoring):
+    groups = make_groups(SHAPE, vocab=128)
+    make_off_policy(policy, groups, scoring, spread=0.0)
+    stats, _ = step_gradient(policy, batches_of(groups, limit=15), scoring, beta=0.0)
+    assert stats.mean("sampler_kl") < 1e-9
+    assert stats.mean("clip_low") == stats.mean("clip_high") == 0.0
+
+
+def test_half_precision_with_a_gradient_scaler(tiny_model_dir, policy, groups, scoring):
+    half = open_policy(tiny_model_dir, dtype=torch.float16)
+    batches = batches_of(groups, limit=24)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    options = {"beta": 0.04, "checkpointing": False, **CLIP}
+    plain_stats, plain = step_gradient(half, batches, scoring, beta=0.04)
+    stats = accumulate(half, batches, scoring, loss_scale=scaler.scale, **options)
+    assert all(p.grad.dtype == torch.float32 for p in half.adapter_parameters().values())
+    assert relative_error(gradients(half) / 1024.0, plain) < 0.01
+    assert stats.loss == plain_stats.loss  # the loss that is reported is not scaled
+    # Another rounding of the weights is another NF4 base: its gradient only points the same way.
+    _, expected = step_gradient(policy, batches, scoring, beta=0.04)
+    assert torch.cosine_similarity(plain, expected, 0).item() > 0.9

@@ -1,0 +1,114 @@
+"""The wave's cache against attention row by row, while rows and whole problems leave."""
+
+import pytest
+import torch
+
+from lowmem_grpo.policy.attention import PackedLayout
+from lowmem_grpo.rollout.cache import Prefill, WaveCache
+
+HEADS, KV_HEADS, SIZE, SCALING = 6, 2, 8, 0.3
+
+
+class Rows:
+    """The same rows, each with a list of its own keys and values: nothing is shared."""
+
+    def __init__(self, lengths, counts, key, value):
+        self.rows, start = [], 0
+        for length, count in zip(lengths, counts, strict=True):
+            own = slice(start, start + length)
+            self.rows += [(key[0, :, own], value[0, :, own]) for _ in range(count)]
+            start += length
+
+    def keep(self, going):
+        self.rows = [self.rows[i] for i in going]
+
+    def attend(self, query, key, value, window):
+        out = []
+        for r, (keys, values) in enumerate(self.rows):
+            keys = torch.cat([keys, key[0, :, r : r + 1]], 1)
+            values = torch.cat([values, value[0, :, r : r + 1]], 1)
+            self.rows[r] = keys, values
+            if window is not None:
+                keys, values = keys[:, -window:], values[:, -window:]
+            for head in range(HEADS):
+                shared = head // (HEADS // KV_HEADS)
+                weights = (query[0, head, r] @ keys[shared].T * SCALING).softmax(-1)
+                out.append(weights @ values[shared])
+        return torch.stack(out).view(1, len(self.rows), HEADS, SIZE)
+
+
+def random(generator, heads, tokens):
+    return torch.randn(1, heads, tokens, SIZE, generator=generator)
+
+
+def qkv(generator, tokens):
+    return (
+        random(generator, HEADS, tokens),
+        random(generator, KV_HEADS, tokens),
+        random(generator, KV_HEADS, tokens),
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize(
+    ("lengths", "counts", "leaving"),
+    [
+        ([5], [3], {}),
+        ([1], [1], {}),
+        ([5, 2, 7], [2, 2, 2], {}),
+        ([3, 1, 8], [1, 4, 2], {}),
+        ([3, 6], [3, 3], {0: [0, 2, 3, 4, 5], 3: [0, 1]}),
+        ([3, 6, 4, 2], [2, 3, 1, 3], {1: [0, 1, 5, 7], 2: [2, 3], 4: [1]}),
+    ],
+    ids=str,
+)
+def test_decoding_against_rows_by_themselves(lengths, counts, leaving, window):
+    generator = torch.Generator().manual_seed(0)
+    cache = WaveCache(lengths, counts, capacity=6, device="cpu")
+    layout = PackedLayout(tuple((n, ()) for n in lengths), "sdpa", torch.device("cpu"))
+    prefill, twins = Prefill(cache, layout), {}
+    for layer in (0, 1):
+        query, key, value = qkv(generator, sum(lengths))
+        found = prefill.attend(layer, query, key, value, SCALING, window)
+        assert torch.equal(found, layout.attend(layer, query, key, value, SCALING, window))
+        twins[layer] = Rows(lengths, counts, key, value)
+    problems = [i for i, count in enumerate(counts) for _ in range(count)]
+    for t in range(6):
+        if t in leaving:
+            cache.keep(torch.tensor(leaving[t]))
+            problems = [problems[i] for i in leaving[t]]
+            for twin in twins.values():
+                twin.keep(leaving[t])
+            # Neither rows nor prompts that nobody needs are held any longer.
+            assert all(key.shape[0] == len(set(problems)) for key, _ in cache.prompts.values())
+            assert all(key.shape[0] == len(problems) for key, _ in cache.own.values())
+        assert cache.positions().tolist() == [lengths[i] + t for i in problems]
+        for layer, twin in twins.items():
+            query, key, value = qkv(generator, len(problems))
+            found = cache.attend(layer, query, key, value, SCALING, window)
+            torch.testing.assert_close(found, twin.attend(query, key, value, window))
+        cache.advance()
+
+
+def test_layers_with_and_without_a_window_take_turns():
+    generator = torch.Generator().manual_seed(0)
+    cache = WaveCache([4], [2], capacity=5, device="cpu")
+    layout = PackedLayout(((4, ()),), "sdpa", torch.device("cpu"))
+    twins = {}
+    for layer, window in ((0, 3), (1, None)):
+        query, key, value = qkv(generator, 4)
+        Prefill(cache, layout).attend(layer, query, key, value, SCALING, window)
+        twins[layer] = Rows([4], [2], key, value)
+    for _ in range(5):
+        for layer, window in ((0, 3), (1, None)):
+            query, key, value = qkv(generator, 2)
+            found = cache.attend(layer, query, key, value, SCALING, window)
+            torch.testing.assert_close(found, twins[layer].attend(query, key, value, window))
+        cache.advance()
+
+
+def test_a_prompt_is_held_once():
+    cache = WaveCache([10], [16], capacity=4, device="cpu")
+    layout = PackedLayout(((10, ()),), "sdpa", torch.device("cpu"))
+    Prefill(cache, layout).attend(0, *qkv(torch.Generator().manual_seed(0), 10), SCALING)
+    assert sum(x.numel() for x in cache.prompts[0]) == 2 * KV_HEADS * 10 * SIZE

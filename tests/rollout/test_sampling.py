@@ -1,0 +1,188 @@
+"""The draw: its distribution, its log-probs, its truncations, and where its randomness is from."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowmem_grpo.rollout.sampling import Sampling, choose, distribution, uniforms
+
+BELOW_ONE = float(np.nextafter(1.0, 0.0))
+
+
+def random_logits(rows, vocab, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocab, generator=generator) * scale
+
+
+def naive_kept(logits, sampling):
+    """The set of tokens that may be drawn, by the definitions, and the distribution over them."""
+    p = [math.exp(z / sampling.temperature) for z in logits]
+    order = sorted(range(len(p)), key=lambda v: -p[v])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    if sampling.top_p < 1.0:
+        total, reached, kept = sum(p[v] for v in order), 0.0, []
+        for v in order:
+            if reached >= sampling.top_p:
+                break
+            kept.append(v)
+            reached += p[v] / total
+        order = kept
+    if sampling.min_p:
+        order = [v for v in order if p[v] >= sampling.min_p * p[order[0]]]
+    total = sum(p[v] for v in order)
+    return {v: p[v] / total for v in order}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.8),
+        Sampling(top_k=5),
+        Sampling(top_k=1),
+        Sampling(top_k=1000),
+        Sampling(top_p=0.6),
+        Sampling(top_p=1e-6),
+        Sampling(min_p=0.2),
+        Sampling(temperature=1.3, top_k=9, top_p=0.8, min_p=0.1),
+    ],
+    ids=str,
+)
+def test_truncations_against_their_definitions(sampling):
+    logits = random_logits(20, 30)
+    found = distribution(logits, sampling)
+    assert found.dtype == torch.float32
+    for row, logp in zip(logits.tolist(), found, strict=True):
+        expected = naive_kept(row, sampling)
+        assert set(logp.isfinite().nonzero()[:, 0].tolist()) == set(expected)
+        for token, p in expected.items():
+            assert logp[token].item() == pytest.approx(math.log(p), abs=2e-5)
+
+
+def test_which_settings_truncate():
+    assert not Sampling(temperature=0.3, min_completion_length=4).truncates
+    for name, value in (("top_p", 0.9), ("top_k", 3), ("min_p", 0.1)):
+        assert Sampling(**{name: value}).truncates
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.5), Sampling(top_p=0.7)], ids=str
+)
+def test_draws_follow_the_distribution(sampling):
+    # Real uniforms, as many completions as a chi-square test wants.
+    count, vocab = 40_000, 12
+    logits = random_logits(1, vocab, seed=3, scale=1.5)
+    draws = torch.from_numpy(uniforms(1, 2, 3, 4, count))
+    tokens, logprobs = choose(logits.expand(count, -1).clone(), draws, sampling)
+    p = distribution(logits, sampling)[0].double().exp()
+    counts = torch.bincount(tokens, minlength=vocab)
+    possible = p > 0
+    assert counts[~possible].sum() == 0
+    expected = count * p[possible]
+    chi2 = ((counts[possible] - expected) ** 2 / expected).sum().item()
+    degrees = int(possible.sum()) - 1
+    assert chi2 < degrees + 4 * (2 * degrees) ** 0.5  # mean plus four standard deviations
+    # And the log-prob that is recorded is that of the same distribution.
+    torch.testing.assert_close(logprobs.double(), p[tokens].log(), rtol=0, atol=1e-5)
+
+
+def test_each_row_has_its_own_uniform_and_distribution():
+    logits = torch.tensor([[0.0, -100.0, -100.0], [-100.0, 0.0, 0.0], [-100.0, 0.0, 0.0]])
+    tokens, logprobs = choose(logits, torch.tensor([0.9, 0.4, 0.6]).double(), Sampling())
+    assert tokens.tolist() == [0, 1, 2]
+    assert logprobs.tolist() == pytest.approx([0.0, math.log(0.5), math.log(0.5)])
+
+
+def test_the_first_token_whose_cumulative_probability_exceeds_u():
+    logits = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(6, -1).clone()
+    u = torch.tensor([0.0, 0.2499, 0.2501, 0.4999, 0.5001, 0.9999]).double()
+    assert choose(logits, u, Sampling())[0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, BELOW_ONE])
+def test_tokens_of_probability_zero_are_never_drawn(u):
+    # First, last and middle tokens are forbidden, as an end token is before its time.
+    for vocab, seed in ((11, 0), (257, 1), (50_000, 2)):
+        logits = random_logits(4, vocab, seed)
+        for forbidden in (0, 1, vocab // 2, vocab - 2, vocab - 1):
+            logits[:, forbidden] = -torch.inf
+        tokens, logprobs = choose(logits, torch.full((4,), u, dtype=torch.float64), Sampling())
+        assert logits.gather(1, tokens[:, None]).isfinite().all()
+        assert logprobs.isfinite().all()
+
+
+def test_one_token_left_has_log_prob_zero():
+    logits = torch.full((2, 7), -torch.inf)
+    logits[:, 3] = 1.5
+    u = torch.tensor([0.0, BELOW_ONE], dtype=torch.float64)
+    tokens, logprobs = choose(logits, u, Sampling(temperature=0.8))
+    assert tokens.tolist() == [3, 3]
+    assert logprobs.tolist() == [0.0, 0.0]
+
+
+def test_unlikely_tokens_of_a_large_vocabulary_are_drawn():
+    # In float32 a running sum near 1 would swallow steps of 1e-8: the tail would never be met.
+    vocab = 50_000
+    logits = torch.full((1, vocab), math.log(1e-8))
+    logits[0, 0] = 0.0
+    tail = 1e-8 * (vocab - 1) / (1 + 1e-8 * (vocab - 1))
+    u = torch.tensor([1 - tail / 2], dtype=torch.float64)
+    token = choose(logits, u, Sampling())[0].item()
+    assert token == pytest.approx(vocab / 2, abs=20)
+
+
+def test_greedy_takes_the_likeliest_and_reports_the_plain_distribution():
+    logits = random_logits(6, 40)
+    sampling = Sampling(temperature=0.0, top_k=3, top_p=0.5)
+    tokens, logprobs = choose(logits, torch.zeros(6, dtype=torch.float64), sampling)
+    assert torch.equal(tokens, logits.argmax(1))
+    torch.testing.assert_close(logprobs, logits.log_softmax(1).amax(1))
+
+
+def test_choose_leaves_the_logits_as_they_were():
+    logits = random_logits(3, 11)
+    before = logits.clone()
+    choose(logits, torch.full((3,), 0.3).double(), Sampling(top_k=2, top_p=0.9, min_p=0.1))
+    assert torch.equal(logits, before)
+
+
+@given(st.tuples(*[st.integers(0, 2**40)] * 4), st.integers(1, 40), st.integers(1, 40))
+@settings(deadline=None, derandomize=True)
+def test_uniforms_depend_on_their_keys_alone(keys, count, more):
+    first = uniforms(*keys, count)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    longer = uniforms(*keys, count + more)  # a longer limit changes nothing of what came before
+    assert first.dtype == np.float64
+    assert first.shape == (count,)
+    assert ((first >= 0) & (first < 1)).all()
+    assert (longer[:count] == first).all()
+
+
+def test_uniforms_of_neighbours_have_nothing_in_common():
+    keys = [(s, t, p, r) for s in (0, 1, 2) for t in (0, 1) for p in (0, 1) for r in (0, 1, 2)]
+    drawn = np.stack([uniforms(*key, 200) for key in keys])
+    assert len(np.unique(drawn)) == drawn.size
+    correlations = np.corrcoef(drawn)[np.triu_indices(len(keys), 1)]
+    assert np.abs(correlations).max() < 5 / 200**0.5
+    assert abs(drawn.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / drawn.size**0.5
+
+
+def test_uniforms_are_what_they_were_in_the_first_release():
+    # A resumed run, and a published one, must find the same numbers.
+    assert uniforms(0, 0, 0, 0, 3).tolist() == [
+        0.014067035665647709,
+        0.2577672456246177,
+        0.47156538101528966,
+    ]
+    assert uniforms(7, 1, 2, 3, 3).tolist() == [
+        0.2368582118594773,
+        0.5807362608599179,
+        0.7884853017691197,
+    ]
