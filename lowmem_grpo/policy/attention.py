@@ -137,8 +137,8 @@ class PackedLayout:
                     # A padded place repeats the completion's first token: no real query ever looks
                     # so far right.
                     pad = (start + prompt + offsets + torch.where(real, within, 0)).flatten()
-                    unpad = real.flatten().nonzero()[:, 0].to(self.device)
-                    pad = pad.to(self.device)
+                    kept = [torch.arange(length) + i * longest for i, length in enumerate(lengths)]
+                    pad, unpad = pad.to(self.device), torch.cat(kept).to(self.device)
                 found.append((start, prompt, len(lengths), longest, pad, unpad))
             else:
                 found.append((start, prompt, 0, 0, None, None))

@@ -143,9 +143,9 @@ class Policy:
         }
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapters under PEFT's file names, as contiguous CPU tensors."""
+        """Copies of the adapters under PEFT's file names, as contiguous CPU tensors."""
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
-        return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
 
     def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put saved adapters in place. Raises ModelError where they do not fit this model."""

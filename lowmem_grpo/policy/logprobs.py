@@ -86,7 +86,7 @@ def naive_token_logprobs(
                 1, torch.tensor([token], device=logits_NV.device), -torch.inf
             ).where(forbidden_N[:, None], logits_NV)
     logp_NV = logits_NV.log_softmax(-1)
-    entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(-1e4)).sum(-1)
     return logp_NV.gather(1, targets_N[:, None])[:, 0], entropy_N
 
 
@@ -119,7 +119,7 @@ class _TokenLogprobs(torch.autograd.Function):
             max_n = torch.full_like(logp_N[row], -torch.inf)
             sum_n = torch.zeros_like(max_n)
             dot_n = torch.zeros_like(max_n)
-            chosen_n = torch.zeros_like(max_n)
+            chosen_n = torch.full_like(max_n, torch.nan)  # a target outside the vocabulary shows
             for start in range(0, weight_VD.shape[0], tile_v):
                 z_nv = _tile(ctx.tiles, h_nD, weight_VD, bias_V, banned_N, row, start)
                 inside_n, local_n = _locate(y_n, start, z_nv.shape[1])
@@ -133,9 +133,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 z_nv.sub_(safe_max_n[:, None]).clamp_min_(-1e4)
                 p_nv = z_nv.exp()
                 moved_n = torch.where(sum_n > 0, (max_n - safe_max_n) * sum_n, sum_n)
-                dot_n = (dot_n + moved_n) * shrink_n + p_nv.mul(z_nv).sum(1)
+                dot_n = (dot_n + moved_n) * shrink_n + z_nv.mul_(p_nv).sum(1)
                 sum_n = sum_n * shrink_n + p_nv.sum(1)
                 max_n = new_max_n
+                del z_nv, p_nv  # before the next tile is made
             lse_N[row] = max_n + sum_n.log()
             logp_N[row] = chosen_n - lse_N[row]
             entropy_N[row] = sum_n.log() - dot_n / sum_n
@@ -143,6 +144,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp_N, grad_entropy_N):
         hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
         scale, _, tile_n, tile_v = ctx.tiles
@@ -170,6 +172,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 d_nv = z_nv.to(weight_VD.dtype)
                 del z_nv
                 grad_nD += d_nv @ weight_VD[start : start + tile_v]
+                del d_nv
             grad_ND[row] = grad_nD.mul_(scale)
         return grad_ND, None, None, None, None, None, None, None, None
 

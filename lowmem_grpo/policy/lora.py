@@ -47,15 +47,15 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = self.base_layer(x)
-        if self.disable_adapters:
-            return result
-        lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        inner = torch.nn.functional.linear(x, lora_a.to(x.dtype)).flatten(0, -2)
-        rows = result.flatten(0, -2)
-        return rows.addmm_(inner, lora_b.to(x.dtype).t(), alpha=self.scaling[ADAPTER]).view_as(
-            result
-        )
+        # Two dimensions: of three, a base with a bias returns a view made inside its own autograd
+        # function, and such a view may not be added into.
+        rows = x.flatten(0, -2)
+        result = self.base_layer(rows)
+        if not self.disable_adapters:
+            lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+            inner = torch.nn.functional.linear(rows, lora_a.to(x.dtype))
+            result.addmm_(inner, lora_b.to(x.dtype).t(), alpha=self.scaling[ADAPTER])
+        return result.unflatten(0, x.shape[:-1])
 
 
 def lora_config(

@@ -86,7 +86,7 @@ def fetch(name: str, say=lambda text: None) -> Path:
                 source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"cannot fetch {source} from the Hub: {str(error).splitlines()[0]}"
         ) from error
@@ -160,7 +160,7 @@ def _unpack_gguf(path: Path, target: Path) -> None:
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
-        except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
+        except Exception as error:  # struct, numpy, tokenizers: each has its own for a bad file
             raise ModelError(f"cannot read {path} as a GGUF model: {_first_line(error)}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

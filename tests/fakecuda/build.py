@@ -1,0 +1,31 @@
+"""Compiling guard.cpp (see there) against the torch that is installed."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+__all__ = ["build_guard", "why_not"]
+
+
+def why_not() -> str | None:
+    """Why fake CUDA tensors cannot be had here, or None."""
+    if torch.version.cuda is not None:
+        return "torch is a CUDA build: its own device guard is there and asks the driver"
+    if shutil.which("g++") is None:
+        return "no C++ compiler (g++) to build the device guard with"
+    return None
+
+
+def build_guard(directory: Path) -> Path:
+    """Compile the guard into `directory`; returns the library's path."""
+    root = Path(torch.__file__).parent
+    library = directory / "libfakecuda.so"
+    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC"]
+    command += [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
+    command += [str(Path(__file__).with_name("guard.cpp")), f"-L{root}/lib", "-lc10"]
+    command += [f"-Wl,-rpath,{root}/lib", "-o", str(library)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return library

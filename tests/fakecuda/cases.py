@@ -1,0 +1,178 @@
+"""Policies on fake CUDA tensors, and what is run on them. Import after the guard is installed."""
+
+from functools import cached_property, partial
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowmem_grpo.grpo.optimizer import build_optimizer
+from lowmem_grpo.grpo.packing import pack
+from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
+from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
+from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.lora import LoraLinear4bit
+from tests.grpo.rollouts import make_groups
+from tests.tiny import SHAPE
+
+__all__ = ["CASES"]
+
+DTYPE = torch.bfloat16
+
+
+class Reads(TorchFunctionMode):
+    """Answers for values that fake tensors do not have: every number that is read is a one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.item:
+            return 1.0
+        if function is torch.Tensor.tolist:
+            return [1.0] * args[0].numel()  # of vectors only
+        return function(*args, **(kwargs or {}))
+
+
+class OneDevice(TorchDispatchMode):
+    """Custom operators take fake tensors of any device; their kernels would not.
+
+    torch's own operators are checked by FakeTensorMode.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("bitsandbytes", "torch_attn"):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            devices = {x.device.type for x in tensors}
+            assert devices == {"cuda"}, f"{function} is given tensors on {sorted(devices)}"
+        return function(*args, **(kwargs or {}))
+
+
+def without_weights(architecture: str) -> Policy:
+    """A policy with NF4 layers and adapters on the meta device, by the product's own code."""
+    config = AutoConfig.for_model(architecture, **SHAPE)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPE, attn_implementation=ATTENTION
+        ).requires_grad_(False)
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, torch.nn.Linear) and linear is not model.lm_head:
+                layer = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None, DTYPE
+                )
+                if linear.bias is not None:
+                    layer.bias = linear.bias
+                model.set_submodule(name, layer)
+        return attach_adapters(model, AdapterSettings(r=4, lora_alpha=8), seed=0).train()
+
+
+def quant_state(out: int, inside: int) -> QuantState:
+    """Of a double-quantised NF4 weight [out, inside], as bitsandbytes makes it."""
+    cuda = partial(torch.empty, device="cuda")
+    blocks = out * inside // 64
+    second = QuantState(cuda(-(-blocks // 256)), code=cuda(256), blocksize=256, dtype=torch.float32)
+    return QuantState(
+        cuda(blocks, dtype=torch.uint8),
+        shape=torch.Size((out, inside)),
+        code=cuda(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=DTYPE,
+        offset=cuda(()),
+        state2=second,
+    )
+
+
+def fake_policy(architecture: str, backend: str) -> Policy:
+    """Every parameter and buffer replaced by a fake CUDA tensor (weights that are tied stay so)."""
+    with unset_fake_temporarily():
+        model = without_weights(architecture)
+    replaced = {}
+    for module in model.modules():
+        for name, tensor in module._buffers.items():
+            module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        for name, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            shape, dtype = tensor.shape, tensor.dtype
+            if isinstance(tensor, bnb.nn.Params4bit):
+                shape, dtype = (tensor.numel() // 2, 1), torch.uint8
+            if id(tensor) not in replaced:
+                replaced[id(tensor)] = torch.nn.Parameter(
+                    torch.empty(shape, dtype=dtype, device="cuda"), tensor.requires_grad
+                )
+            module._parameters[name] = replaced[id(tensor)]
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.weight.quant_state = quant_state(module.out_features, module.in_features)
+    return Policy(model, None, attention=backend, tile_tokens=16, tile_vocab=50)
+
+
+def step(policy, groups, *, checkpointing: bool) -> dict:
+    """Reference, update and optimizer step as the trainer does them; what is then on the device."""
+    weights = [0.1] * 5
+    scoring = Scoring(temperature=0.9, end_ids=(0,))
+    layout = {"max_tokens": 24, "min_completion_length": 2}
+    trunk = score_reference(policy, pack(groups, weights, **layout), scoring, lambda tokens: None)
+    parameters = policy.adapter_parameters()
+    optimizer = build_optimizer(
+        parameters.values(), optim="adamw_torch", learning_rate=1e-3, betas=(0.9, 0.99), eps=1e-8,
+        weight_decay=0.01,
+    )  # fmt: skip
+    batches = pack(groups, weights, **layout)
+    stats = accumulate(
+        policy, batches, scoring, epsilon=0.2, epsilon_high=0.28, beta=0.04,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    places = {f"{p.grad.device.type} {p.grad.dtype}" for p in parameters.values()}
+    apply_update(list(parameters.values()), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
+    moments = {
+        f"{state.device.type} {state.dtype}"
+        for parameter in parameters.values()
+        for name, state in optimizer.state[parameter].items()
+        if name != "step"
+    }
+    return {
+        "batches": len(batches),
+        "layers": sum(isinstance(m, LoraLinear4bit) for m in policy.model.modules()),
+        "parameters": len(parameters),
+        "gradients": sorted(places),
+        "moments": sorted(moments),
+        "scored": stats.tokens_scored,
+        "trunk": [trunk, stats.tokens_trunk],
+    }
+
+
+def run(architecture: str, *, backend="torch_varlen", layout=None, checkpointing=True) -> dict:
+    groups = make_groups([(7, [5, 3, 1]), (4, [6, 6])], vocab=128)
+    with FakeTensorMode(), OneDevice(), Reads():
+        policy = fake_policy(architecture, backend)
+        if layout is not None:
+            policy.layout = lambda groups: layout(tuple(groups), backend, policy.device)
+        return step(policy, groups, checkpointing=checkpointing)
+
+
+# What these tests are there to find: one tensor made without its device.
+
+
+class IndexOnTheCpu(PackedLayout):
+    @cached_property
+    def key_index(self) -> torch.Tensor:
+        return super().key_index.cpu()
+
+
+class LengthsOnTheCpu(PackedLayout):
+    @cached_property
+    def ragged(self):
+        cu_query, *rest = super().ragged
+        return cu_query.cpu(), *rest
+
+
+CASES = {
+    **{name: partial(run, name) for name in ("llama", "qwen2", "qwen3")},
+    "nothing recomputed": partial(run, "llama", checkpointing=False),
+    "sdpa": partial(run, "llama", backend="sdpa"),
+    "index on the CPU": partial(run, "llama", layout=IndexOnTheCpu),
+    "lengths on the CPU": partial(run, "llama", layout=LengthsOnTheCpu),
+}

@@ -1,0 +1,58 @@
+"""The reference pass, the update and the optimizer step on fake CUDA tensors, by the real code.
+
+No kernel runs: what these tests find is a tensor on the wrong device or of the wrong dtype, and an
+operation that CUDA's dispatch would refuse. See tests/fakecuda.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakecuda.build import build_guard, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """What every case of tests/fakecuda/cases.py reported, by name."""
+    library = build_guard(tmp_path_factory.mktemp("fakecuda"))
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests/fakecuda/run_policy.py"), str(library)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stderr
+    print(run.stderr)  # the tracebacks of cases, for whoever reads a failure
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "nothing recomputed", "sdpa"])
+def test_a_step_runs_on_cuda_and_keeps_float32_adapters(cases, case):
+    found = cases[case]
+    assert found["error"] is None
+    assert found["batches"] == 2
+    assert found["layers"] == 14  # seven linear layers in each of two blocks, all of them ours
+    assert found["parameters"] == 28
+    assert found["gradients"] == ["cuda torch.float32"]
+    assert found["moments"] == ["cuda torch.float32"]
+    assert found["scored"] == 21
+    assert found["trunk"] == [27, 27]  # 7 + 4 + 2 + 0, and 4 + 5 + 5
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("index on the CPU", "found at least two devices, cuda:0 and cpu"),
+        ("lengths on the CPU", "_varlen_attn.default is given tensors on ['cpu', 'cuda']"),
+    ],
+)
+def test_a_tensor_on_the_wrong_device_fails(cases, case, message):
+    assert message in cases[case]["error"]

