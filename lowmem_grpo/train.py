@@ -304,7 +304,8 @@ def _watch(record: dict, console: Console) -> None:
             f"step {step}: sampler and trainer disagree (sampler_kl {record['sampler_kl']:.3f}): "
             "ratios are not those of the policy that sampled"
         )
-    if record["adapter_change"] == 0.0 and record["tokens_trained"]:
+    applied = record["grad_norm"] is not None
+    if record["adapter_change"] == 0.0 and record["tokens_trained"] and applied:
         console.warn(f"step {step}: the adapters did not change")
 
 

@@ -5,8 +5,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 
 from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny products gain nothing from a second thread, and lose much where the cores are busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

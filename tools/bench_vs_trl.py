@@ -208,6 +208,7 @@ def run_trl(work: dict, steps: int, beta: float) -> dict:
                 beta=beta,
                 epsilon=SHARED["epsilon"],
                 loss_type="grpo",
+                use_bias_correction_kl=False,  # the k3 of the paper, as ours
                 scale_rewards="group",
                 learning_rate=SHARED["learning_rate"],
                 lr_scheduler_type="constant",

@@ -94,8 +94,8 @@ def pack(
         for member in kept:
             cost = len(member[0].completion_ids) - 1
             if part.rollouts and used + cost > max_tokens:  # only a group that fits nowhere is cut
-                batches.append(_lay([*current, part], min_completion_length))
-                current, used, part = [], 0, _Part(group.prompt_ids, [])
+                batches.append(_lay([part], min_completion_length))
+                used, part = 0, _Part(group.prompt_ids, [])
             used += cost if part.rollouts else prompt + cost
             part.rollouts.append(member)
         if part.rollouts:

@@ -23,8 +23,8 @@ __all__ = ["Sampling", "choose", "distribution", "uniforms"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. Temperature 0 is greedy. Lengths count completion tokens, the end
-    token included.
+    """How completions are drawn. Temperature 0 is greedy. The end token counts towards the maximum
+    length; at least the minimum of other tokens comes before it.
     """
 
     temperature: float = 1.0

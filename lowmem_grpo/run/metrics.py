@@ -1,5 +1,6 @@
 """One record a step: what is in it, and where it goes."""
 
+from math import isfinite
 from statistics import fmean, stdev
 from typing import Any
 
@@ -51,7 +52,8 @@ def step_record(
         "entropy": stats.mean("entropy"),
         "clip_fraction_low": stats.mean("clip_low"),
         "clip_fraction_high": stats.mean("clip_high"),
-        "grad_norm": grad_norm,
+        # None: float16 gradients overflowed, the step was left out and the loss scale lowered.
+        "grad_norm": grad_norm if isfinite(grad_norm) else None,
         "learning_rate": learning_rate,
         "adapter_change": adapter_change,
         "sampler_kl": stats.mean("sampler_kl") if first else None,

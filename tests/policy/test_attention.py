@@ -17,7 +17,7 @@ GROUPS = {
     "unequal completions": ((5, (3, 1, 4)), (2, (2, 2))),
     "equal completions": ((7, (5, 5, 5)),),
     "empty and single": ((3, (0, 1, 0, 2)), (4, (0, 0))),
-    "prompt of one": ((1, (3, 2)), (1, (1,))),
+    "prompt of one": ((1, (3, 3)), (1, (1, 2))),
     "without completions": ((4, ()), (2, (1,)), (3, ())),
     "one token": ((1, ()),),
 }

@@ -125,10 +125,11 @@ def test_a_damaged_directory_is_one_short_message(tmp_path, damage, message):
         ("gemma2", {"head_dim": 16}, "asks for `softcap`"),
         ("granite", {"logits_scaling": 4.0}, "differs from the model's own by"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "differs from the model's own by"),
-        # Keys and values of different sizes; attention that cannot be replaced, or by no layout.
+        # Keys and values of different sizes; attention that cannot be replaced, or has no layout.
         ("deepseek_v3", {}, "is not supported: shape"),
         ("gptj", {}, "the attention of gptj models cannot be replaced"),
         ("stablelm", {}, "is not supported: .*layout"),
+        ("mpt", {}, "is not supported: 'NoneType' object"),
         ("mamba", {}, "lora.target_modules = 'all-linear'"),
     ],
 )

@@ -1,19 +1,9 @@
 """Tiny policies for the sampler's tests, which never change the adapters."""
 
 import pytest
-import torch
 
 from tests.grpo.policies import open_policy
 from tests.tiny import make_tiny_model
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Tiny products gain nothing from a second thread, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
