@@ -16,7 +16,7 @@ install() {
     stamp=".venv/installed-${extras//[^a-z]/}-$(cat pyproject.toml tools/constraints.txt | cksum | cut -d' ' -f1)"
     if [ ! -f "$stamp" ]; then
         echo "installing into .venv (a few minutes the first time)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
             --constraint tools/constraints.txt --editable ".$extras"
         touch "$stamp"
     fi

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 from lowmem_grpo.errors import ModelError
@@ -136,7 +137,9 @@ def _fetch_demo(say) -> Path:
 
 def _unpacked(path: Path) -> Path:
     # By content, not by name: a replaced file must not be answered with its predecessor's weights.
-    target = cache_directory() / "gguf" / f"{path.stem}-{_sha256(path)[:16]}"
+    status = path.stat()
+    digest = _digest_once(path, status.st_size, status.st_mtime_ns)
+    target = cache_directory() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not (target / "config.json").is_file():
         _unpack_gguf(path, target)
     return target
@@ -182,6 +185,12 @@ def _check_directory(path: Path) -> None:
         raise ModelError(
             f"{path} has no .safetensors file{kind}: convert the weights to safetensors"
         )
+
+
+@lru_cache(maxsize=4)
+def _digest_once(path: Path, size: int, modified_ns: int) -> str:
+    """The sha256 of a large file, read once by a process for its tokenizer and its weights."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -82,11 +82,14 @@ class WaveCache:
         own_key[:, :, self.tokens] = key[0].transpose(0, 1)
         own_value[:, :, self.tokens] = value[0].transpose(0, 1)
         seen = slice(0, self.tokens + 1)
-        query_RKrE = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, size)
+        # An exact sixteenth (rather than `scaling`, which would round): unscaled products of models
+        # with large key biases leave float16's range.
+        query = query[0].transpose(0, 1) / 16
+        query_RKrE = query.reshape(rows, kv_heads, heads // kv_heads, size)
         own_scores = query_RKrE @ own_key[:, :, seen].transpose(2, 3)
         prompt_key, prompt_value = self.prompts[layer]
         prompt_scores = self._ungroup(self._group(query_RKrE) @ prompt_key.transpose(2, 3))
-        scores = torch.cat([prompt_scores, own_scores], -1).float().mul_(scaling)
+        scores = torch.cat([prompt_scores, own_scores], -1).float().mul_(16 * scaling)
         scores.masked_fill_(self._hidden(window)[:, None, None], -torch.inf)
         weights = scores.softmax(-1).to(query.dtype)
         from_prompt = self._ungroup(self._group(weights[..., : self.longest]) @ prompt_value)
