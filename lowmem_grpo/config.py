@@ -126,6 +126,11 @@ class GrpoConfig(_Section):
     scale_rewards: Literal["group", "none"] = "group"
     """Divide advantages by the group's standard deviation, or not."""
 
+    @property
+    def upper_epsilon(self) -> float:
+        """`epsilon_high`, or `epsilon` where that is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
 
 class OptimizerConfig(_Section):
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"

@@ -39,7 +39,7 @@ from lowmem_grpo.run.console import Console
 from lowmem_grpo.run.directory import RunDirectory, write_atomic
 from lowmem_grpo.run.evaluate import evaluate
 from lowmem_grpo.run.meter import Meter
-from lowmem_grpo.run.metrics import MetricsWriter, step_record
+from lowmem_grpo.run.metrics import MetricsWriter, alarms, step_record
 from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import open_policy, open_task
 from lowmem_grpo.tasks import Task
@@ -47,9 +47,6 @@ from lowmem_grpo.tasks import Task
 __all__ = ["DONE", "STOPPED", "train"]
 
 DONE, STOPPED = 0, 4
-# k3 of sampler against trainer. Rounding gives about 1e-9 in float32 and 2e-3 in bfloat16; a wrong
-# mask or a missing adapter gives more than this.
-SAMPLER_KL_ALARM = 0.05
 
 
 def train(config: Config, *, resume: bool, overwrite: bool, console: Console) -> int:
@@ -103,6 +100,7 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
             run, tensorboard=config.run.tensorboard, log_rollouts=config.run.log_rollouts
         ) as metrics:
             saved_at = state.step if checkpoint is not None else None
+            save_seconds = 0.0
             try:
                 if config.eval.every and state.step == 0 and state.groups is None:
                     _evaluate(policy, task, config, 0, metrics, console)
@@ -153,10 +151,10 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                                 batches,
                                 scoring,
                                 epsilon=config.grpo.epsilon,
-                                epsilon_high=_epsilon_high(config),
+                                epsilon_high=config.grpo.upper_epsilon,
                                 beta=config.grpo.beta,
                                 checkpointing=config.memory.gradient_checkpointing,
-                                loss_scale=scaler.scale if scaler is not None else _unscaled,
+                                loss_scale=scaler.scale if scaler is not None else None,
                                 advance=advance,
                             )
                         grad_norm, change = apply_update(
@@ -167,6 +165,7 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                             scaler=scaler,
                         )
                     meter.seconds["total"] = time.perf_counter() - begun
+                    meter.seconds["save"], save_seconds = save_seconds, 0.0
                     trained = sum(len(batch.members) for batch in batches)
                     record = step_record(
                         step=state.step + 1,
@@ -185,19 +184,19 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                     if state.iteration == config.grpo.num_iterations:
                         state.groups = None
 
-                    # SAVE, EVAL
-                    every = config.run.save_every
-                    if every and state.step % every == 0:
-                        with meter.phase("save"):
-                            save()
-                        saved_at = state.step
-                        record["seconds"] |= {"save": round(meter.seconds["save"], 4)}
                     metrics.write(record)
                     console.step(record, config.run.steps)
-                    _watch(record, console)
+                    for alarm in alarms(record):
+                        console.warn(alarm)
+
+                    # EVAL, SAVE: last, so that a checkpoint never lacks its own step's lines
                     last = state.step == config.run.steps
                     if config.eval.every and (last or state.step % config.eval.every == 0):
                         _evaluate(policy, task, config, state.step, metrics, console)
+                    if config.run.save_every and state.step % config.run.save_every == 0:
+                        begun = time.perf_counter()
+                        save()
+                        saved_at, save_seconds = state.step, time.perf_counter() - begun
             except Exception as error:
                 # The adapters are those of the last whole step: nothing above changes them but
                 # `apply_update`.
@@ -294,25 +293,3 @@ def _evaluate(
         )
     metrics.write_evaluation(step, found.summary())
     console.say(f"held out after step {step}: {found.line()}")
-
-
-def _watch(record: dict, console: Console) -> None:
-    """Say aloud what would otherwise be a flat curve in the morning."""
-    step = record["step"]
-    if (record["sampler_kl"] or 0.0) > SAMPLER_KL_ALARM:
-        console.warn(
-            f"step {step}: sampler and trainer disagree (sampler_kl {record['sampler_kl']:.3f}): "
-            "ratios are not those of the policy that sampled"
-        )
-    applied = record["grad_norm"] is not None
-    if record["adapter_change"] == 0.0 and record["tokens_trained"] and applied:
-        console.warn(f"step {step}: the adapters did not change")
-
-
-def _epsilon_high(config: Config) -> float:
-    high = config.grpo.epsilon_high
-    return config.grpo.epsilon if high is None else high
-
-
-def _unscaled(loss: torch.Tensor) -> torch.Tensor:
-    return loss

@@ -92,7 +92,7 @@ def accumulate(
     epsilon_high: float,
     beta: float,
     checkpointing: bool,
-    loss_scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    loss_scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> UpdateStats:
     """Add the gradient of the step's loss to the adapters, one micro-batch after another."""
@@ -109,7 +109,7 @@ def accumulate(
                 ref_logprobs_N=batch.ref_logprobs_N,
             )
             loss, sums = objective(inputs, epsilon=epsilon, epsilon_high=epsilon_high, beta=beta)
-            loss_scale(loss).backward()
+            (loss if loss_scale is None else loss_scale(loss)).backward()
         sums["loss"], sums["entropy"] = loss.detach(), entropy_N.detach().sum()
         # One transfer for all the numbers of a micro-batch: each waits for the device.
         values = torch.stack([sums[name].float() for name in sums]).tolist()
