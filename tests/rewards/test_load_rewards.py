@@ -39,7 +39,7 @@ def test_the_tasks_own_rewards_are_used_where_none_is_named(task):
 
 def test_several_rewards_with_weights(task):
     answers = [task.train_problem(i).answer for i in range(3)]
-    texts = [answers[0], f"The answer is {answers[1]}.", "no"]
+    texts = [answers[0], f"{answers[1]} is the answer", "no"]
     scores = scores_of(["number", r"format:-?\d+", "task"], task, texts, [1.0, 0.5, -2])
     assert scores.by_name == {"number": [1, 1, 0], "format": [1, 0, 0], "task": [1, 0, 0]}
     assert scores.total == [-0.5, 1.0, 0.0]
