@@ -1,0 +1,60 @@
+"""What memory is for: the names under which a plan adds it up, and which allocation gets which.
+
+The plan's "other" is what none of the rules below can place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["COMPONENTS", "component", "kept_component", "named_tensors"]
+
+COMPONENTS = (
+    "base_weights", "adapters", "optimizer", "kv_cache", "checkpoints", "activations", "logits",
+    "workspace", "other",
+)  # fmt: skip
+
+
+def component(phase: str, module: str, rule: str = "") -> str:
+    """What memory is for, when it is allocated. `rule`: the name of the rule that added it.
+
+    Outside every module lie the head's tiles, the loss and the draw: "logits". Gradients of
+    adapters end as "adapters", the rest of backward is "activations".
+    """
+    if rule:
+        return "workspace"
+    if phase == "load":
+        return "adapters" if "lora_" in module else "base_weights"
+    if phase == "optimizer":
+        return "optimizer"
+    if not module:
+        return "logits" if phase in ("rollout", "reference", "update") else "other"
+    return "logits" if module.rpartition(".")[2] == "lm_head" else "activations"
+
+
+def kept_component(phase: str, before: str, *, inside: bool, recomputed: bool) -> str:
+    """What memory is for that outlives the outermost forward pass in which it was made.
+
+    `before`: what it was until then. `inside`: it was made within a layer (a numbered module with
+    modules in it). In a rollout, what stays inside is the cache. What backward finds outside, when
+    it begins to compute a layer again, is the checkpoints.
+    """
+    if before == "activations" and phase == "rollout" and inside:
+        return "kv_cache"
+    if before == "activations" and recomputed and not inside:
+        return "checkpoints"
+    return before
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by name, with the tensors of 4-bit weights' quantisation state."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield name, tensor
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:
+            for field, value in vars(state).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{name}.{field}", value
+            state = getattr(state, "state2", None)
