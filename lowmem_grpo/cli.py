@@ -12,7 +12,7 @@ import click
 
 from lowmem_grpo import __version__
 from lowmem_grpo.cli_machine import doctor, model, profiles
-from lowmem_grpo.cli_memory import memory
+from lowmem_grpo.cli_memory import memory, plan
 from lowmem_grpo.cli_options import (
     JSON,
     QUIET,
@@ -62,7 +62,7 @@ def main(debug: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for command in (doctor, memory, model, profiles):
+for command in (doctor, memory, model, plan, profiles):
     main.add_command(command)
 
 
