@@ -99,7 +99,7 @@ def no_end_token(directory):
         (pickles_only, r"no .safetensors file \(it has pytorch_model.bin, which is a pickle\)"),
         (missing_weight, "1 weights are missing from its files, first model.layers.1.self_attn.k"),
         (missing_norm, "1 weights are missing from its files, first model.norm.weight"),
-        (misshapen, "cannot load"),
+        (misshapen, "cannot load|is not supported: The size"),
         (gptq, "is quantised by gptq, not in bitsandbytes' 4 bits"),
         (eight_bits, "is quantised by bitsandbytes, not in bitsandbytes' 4 bits"),
         (bad_config, "not a valid JSON"),
