@@ -5,13 +5,14 @@ rewards.
 from pathlib import Path
 
 from lowmem_grpo.config import Config
+from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
 
-__all__ = ["choose", "open_policy", "open_task"]
+__all__ = ["adapter_settings", "choose", "open_optimizer", "open_policy", "open_task"]
 
 
 def choose(config: Config) -> tuple[Machine, dict[str, Choice]]:
@@ -33,21 +34,12 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
     say(f"device {machine.device}: {machine.name}")
     for name, choice in choices.items():
         say(f"{name.replace('_', ' ')} {choice.value}: {choice.reason}")
-    lora = config.lora
-    targets = lora.target_modules
     policy = load_policy(
         config.model.name,
         device=machine.device,
         dtype=getattr(torch, choices["compute_dtype"].value),
         attention=choices["attention"].value,
-        adapters=AdapterSettings(
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-            init_lora_weights=True
-            if lora.init_lora_weights == "default"
-            else lora.init_lora_weights,
-        ),
+        adapters=adapter_settings(config),
         seed=config.run.seed,
         tile_tokens=config.memory.logits_tile_tokens,
         tile_vocab=config.memory.logits_tile_vocab,
@@ -57,6 +49,31 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
         policy.load_adapter_state(read_adapter(adapter))
         say(f"adapter {adapter}")
     return policy
+
+
+def adapter_settings(config: Config) -> AdapterSettings:
+    """The adapters as configured."""
+    lora = config.lora
+    targets, init = lora.target_modules, lora.init_lora_weights
+    return AdapterSettings(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        init_lora_weights=True if init == "default" else init,
+    )
+
+
+def open_optimizer(config: Config, parameters: list):
+    """The optimizer over `parameters` as configured."""
+    o = config.optimizer
+    return build_optimizer(
+        parameters,
+        optim=o.optim,
+        learning_rate=o.learning_rate,
+        betas=(o.adam_beta1, o.adam_beta2),
+        eps=o.adam_epsilon,
+        weight_decay=o.weight_decay,
+    )
 
 
 def open_task(config: Config) -> Task:

@@ -18,7 +18,7 @@ import torch
 from lowmem_grpo.config import Config, config_toml
 from lowmem_grpo.grpo.advantages import group_advantages
 from lowmem_grpo.grpo.objective import rollout_weights
-from lowmem_grpo.grpo.optimizer import build_optimizer, learning_rate_at
+from lowmem_grpo.grpo.optimizer import learning_rate_at
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.policy.load import load_tokenizer
@@ -41,7 +41,7 @@ from lowmem_grpo.run.evaluate import evaluate
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.metrics import MetricsWriter, alarms, step_record
 from lowmem_grpo.run.stop import StopRequest
-from lowmem_grpo.setup import open_policy, open_task
+from lowmem_grpo.setup import open_optimizer, open_policy, open_task
 from lowmem_grpo.tasks import Task
 
 __all__ = ["DONE", "STOPPED", "train"]
@@ -73,14 +73,7 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
         base_name = resolve(config.model.name)
         parameters = list(policy.adapter_parameters().values())
         o = config.optimizer
-        optimizer = build_optimizer(
-            parameters,
-            optim=o.optim,
-            learning_rate=o.learning_rate,
-            betas=(o.adam_beta1, o.adam_beta2),
-            eps=o.adam_epsilon,
-            weight_decay=o.weight_decay,
-        )
+        optimizer = open_optimizer(config, parameters)
         scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
         state = State()
         if checkpoint is not None:

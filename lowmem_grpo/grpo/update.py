@@ -68,7 +68,10 @@ class UpdateStats:
 
 
 def score_reference(
-    policy, batches: list[PackedBatch], scoring: Scoring, advance: Callable[[int], None]
+    policy,
+    batches: list[PackedBatch],
+    scoring: Scoring,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> int:
     """Write the reference's log-probs into the rollouts; returns the trunk tokens it took."""
     found = []

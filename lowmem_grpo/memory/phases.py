@@ -35,17 +35,16 @@ from torch.overrides import TorchFunctionMode
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.grpo.objective import rollout_weights
-from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.rules import CudaRules, StandInAdam8bit
 from lowmem_grpo.memory.trace import Recorder
-from lowmem_grpo.policy.base import AdapterSettings
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
 from lowmem_grpo.rollout.cache import Prefill, WaveCache
 from lowmem_grpo.rollout.sampling import Sampling, choose
 from lowmem_grpo.rollout.types import Group, Rollout
+from lowmem_grpo.setup import adapter_settings, open_optimizer
 from lowmem_grpo.tasks.base import Problem
 
 __all__ = ["Traced", "fullest", "trace_phases", "wave"]
@@ -168,7 +167,7 @@ def trace_phases(config: Config, model_config, card, *, dtype: torch.dtype, atte
     if len(shapes) == 1:  # a second one meets the gradients that the first left
         shapes *= 2
     groups = [_groups(shape) for shape in shapes]
-    model = without_weights(model_config, dtype, _adapters(config))
+    model = without_weights(model_config, dtype, adapter_settings(config))
     with _Reads(rules, rows), Recorder(device_type=DEVICE, rules=rules) as recorder:
         with recorder.phase("load"):
             policy = skeleton_policy(
@@ -211,7 +210,7 @@ def _score_and_accumulate(policy, config: Config, groups, recorder) -> list[Pack
     scaler = torch.amp.GradScaler("cpu") if policy.dtype == torch.float16 else None
     if config.grpo.beta:
         with recorder.phase("reference"):
-            score_reference(policy, _pack(groups, config), scoring, _ignore)
+            score_reference(policy, _pack(groups, config), scoring)
     with recorder.phase("update"):
         batches = _pack(groups, config)
         accumulate(
@@ -222,7 +221,7 @@ def _score_and_accumulate(policy, config: Config, groups, recorder) -> list[Pack
             epsilon_high=config.grpo.epsilon_high or config.grpo.epsilon,
             beta=config.grpo.beta,
             checkpointing=config.memory.gradient_checkpointing,
-            loss_scale=scaler.scale if scaler is not None else _same,
+            loss_scale=scaler.scale if scaler is not None else None,
         )
     return batches
 
@@ -343,33 +342,9 @@ def _pack(shapes: list[list[Group]], config: Config) -> list[PackedBatch]:
     return batches
 
 
-def _adapters(config: Config) -> AdapterSettings:
-    targets = config.lora.target_modules
-    return AdapterSettings(
-        r=config.lora.r,
-        lora_alpha=config.lora.lora_alpha,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-    )
-
-
 def _optimizer(parameters, config: Config):
     o = config.optimizer
     if o.optim != "adamw_torch":
         paged = o.optim == "paged_adamw_8bit"
         return StandInAdam8bit(parameters, paged=paged, lr=o.learning_rate)
-    return build_optimizer(
-        parameters,
-        optim=o.optim,
-        learning_rate=o.learning_rate,
-        betas=(o.adam_beta1, o.adam_beta2),
-        eps=o.adam_epsilon,
-        weight_decay=o.weight_decay,
-    )
-
-
-def _ignore(tokens: int) -> None:
-    pass
-
-
-def _same(loss: torch.Tensor) -> torch.Tensor:
-    return loss
+    return open_optimizer(config, parameters)

@@ -149,15 +149,11 @@ class PackedLayout:
 def _flash_attn(layout, query_THE, keys, values, scaling, window):
     from flash_attn import flash_attn_varlen_func
 
-    cu_query, cu_key, longest_query, longest_key = layout.ragged
     return flash_attn_varlen_func(
         query_THE,
         keys,
         values,
-        cu_query,
-        cu_key,
-        longest_query,
-        longest_key,
+        *layout.ragged,
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -167,15 +163,11 @@ def _flash_attn(layout, query_THE, keys, values, scaling, window):
 def _torch_varlen(layout, query_THE, keys, values, scaling, window):
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_query, cu_key, longest_query, longest_key = layout.ragged
     return varlen_attn(
         query_THE,
         keys,
         values,
-        cu_query,
-        cu_key,
-        longest_query,
-        longest_key,
+        *layout.ragged,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query_THE.shape[1] != keys.shape[1],

@@ -20,7 +20,7 @@ from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
-__all__ = ["check_forward", "load_policy", "load_tokenizer", "nf4_config"]
+__all__ = ["check_forward", "check_quantisation", "load_policy", "load_tokenizer", "nf4_config"]
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -92,6 +92,16 @@ def load_tokenizer(name: str, chat_template: str | None = None):
     return tokenizer
 
 
+def check_quantisation(name: str, fields: dict) -> None:
+    """Raises ModelError unless a model's `quantization_config` is bitsandbytes' 4 bits."""
+    method = fields.get("quant_method")
+    if method != "bitsandbytes" or not fields.get("load_in_4bit"):
+        raise ModelError(
+            f"{name} is quantised by {method}, not in bitsandbytes' 4 bits: "
+            "use its 16-bit or bitsandbytes NF4 weights"
+        )
+
+
 def _load_base(name, source, device, dtype):
     try:
         # Dropout would make two passes over the same tokens disagree.
@@ -103,12 +113,7 @@ def _load_base(name, source, device, dtype):
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        method = fields.get("quant_method")
-        if method != "bitsandbytes" or not fields.get("load_in_4bit"):
-            raise ModelError(
-                f"{name} is quantised by {method}, not in bitsandbytes' 4 bits: "
-                "use its 16-bit or bitsandbytes NF4 weights"
-            )
+        check_quantisation(name, fields)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.load import check_quantisation
 from lowmem_grpo.policy.source import DEMO, resolve
 from lowmem_grpo.quiet import quiet_libraries
 
@@ -55,7 +56,9 @@ def read_model_config(name: str):
             config = AutoConfig.for_model(**{**fields, "attention_dropout": 0.0})
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"cannot read {path}: {str(error).strip().splitlines()[-1]}") from error
-    _check_quantisation(name, fields)
+    quantised = fields.get("quantization_config")
+    if isinstance(quantised, dict):
+        check_quantisation(name, quantised)
     return config
 
 
@@ -102,18 +105,6 @@ def _check_fields(path: Path, fields: dict, config: type) -> None:
             raise ModelError(f"{path} has no {own}: not the whole config.json of a language model")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{path}: {own} = {value!r} must be a whole number above zero")
-
-
-def _check_quantisation(name: str, fields: dict) -> None:
-    quantised = fields.get("quantization_config")
-    if not isinstance(quantised, dict):
-        return
-    method = quantised.get("quant_method")
-    if method != "bitsandbytes" or not quantised.get("load_in_4bit"):
-        raise ModelError(
-            f"{name} is quantised by {method}, not in bitsandbytes' 4 bits: "
-            "use its 16-bit or bitsandbytes NF4 weights"
-        )
 
 
 def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
