@@ -16,7 +16,20 @@ import torch
 
 from lowmem_grpo.policy.attention import PackedLayout
 
-__all__ = ["Prefill", "WaveCache"]
+__all__ = ["Prefill", "WaveCache", "padded_length"]
+
+EIGHTH_FROM = 128  # tokens
+
+
+def padded_length(tokens: int) -> int:
+    """Tokens of a completion that attention looks at when it has `tokens`: rounded up to a sixteen,
+    and from 128 on to an eighth of the power of two below.
+
+    With a length of its own for each token, the scores would have another size each time, and the
+    caching allocator of a card would keep the blocks of all of them.
+    """
+    step = max(EIGHTH_FROM, 1 << tokens.bit_length() - 1) // 8
+    return -(-tokens // step) * step
 
 
 class WaveCache:
@@ -77,11 +90,12 @@ class WaveCache:
         kv_heads = key.shape[1]
         if layer not in self.own:
             shape = rows, kv_heads, self.capacity, size
-            self.own[layer] = key.new_empty(shape), value.new_empty(shape)
+            # Zeros: places that are masked are multiplied all the same.
+            self.own[layer] = key.new_zeros(shape), value.new_zeros(shape)
         own_key, own_value = self.own[layer]
         own_key[:, :, self.tokens] = key[0].transpose(0, 1)
         own_value[:, :, self.tokens] = value[0].transpose(0, 1)
-        seen = slice(0, self.tokens + 1)
+        seen = slice(0, self._seen())
         # An exact sixteenth (rather than `scaling`, which would round): unscaled products of models
         # with large key biases leave float16's range.
         query = query[0].transpose(0, 1) / 16
@@ -96,14 +110,19 @@ class WaveCache:
         from_own = weights[..., self.longest :] @ own_value[:, :, seen]
         return (from_prompt + from_own).reshape(1, rows, heads, size)
 
+    def _seen(self) -> int:
+        """Places of a completion that attention looks at; those it has not reached are masked."""
+        return min(padded_length(self.tokens + 1), self.capacity)
+
     def _hidden(self, window) -> torch.Tensor:
-        """bool [R, P + tokens + 1]: the keys that a row must not see."""
+        """bool [R, P + places of a completion]: the keys that a row must not see."""
         if self._hidden_for == (self.tokens, self.problem_R.numel(), window):
             return self._hidden_mask
         prompt_P = torch.arange(self.longest, device=self.device)
-        own_T = torch.arange(self.tokens + 1, device=self.device)
+        own_T = torch.arange(self._seen(), device=self.device)
         lengths_R1 = self.lengths_B[self.problem_R, None]
-        hidden = torch.cat([prompt_P >= lengths_R1, (own_T < 0).expand(lengths_R1.shape[0], -1)], 1)
+        beyond_RT = (own_T > self.tokens).expand(lengths_R1.shape[0], -1)
+        hidden = torch.cat([prompt_P >= lengths_R1, beyond_RT], 1)
         if window is not None:
             here_R1 = lengths_R1 + self.tokens
             place = torch.cat([prompt_P.expand(lengths_R1.shape[0], -1), lengths_R1 + own_T], 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_grpo.policy.attention import PackedLayout
-from lowmem_grpo.rollout.cache import Prefill, WaveCache
+from lowmem_grpo.rollout.cache import Prefill, WaveCache, padded_length
 
 HEADS, KV_HEADS, SIZE, SCALING = 6, 2, 8, 0.3
 
@@ -112,3 +112,13 @@ def test_a_prompt_is_held_once():
     layout = PackedLayout(((10, ()),), "sdpa", torch.device("cpu"))
     Prefill(cache, layout).attend(0, *qkv(torch.Generator().manual_seed(0), 10), SCALING)
     assert sum(x.numel() for x in cache.prompts[0]) == 2 * KV_HEADS * 10 * SIZE
+
+
+def test_lengths_are_rounded_up_to_eighths_of_an_octave():
+    lengths = [padded_length(tokens) for tokens in range(1, 5000)]
+    for tokens, length in enumerate(lengths, 1):
+        assert tokens <= length < max(tokens + 16, tokens * 1.125 + 1)
+        assert length % 16 == 0
+    assert lengths == sorted(lengths)
+    for low in (128, 256, 512, 1024, 2048):
+        assert len(set(lengths[low : 2 * low])) == 8
