@@ -95,6 +95,7 @@ def accumulate(
     epsilon_high: float,
     beta: float,
     checkpointing: bool,
+    offloading: bool = False,
     loss_scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> UpdateStats:
@@ -102,7 +103,7 @@ def accumulate(
     stats = UpdateStats()
     for cpu_batch in batches:
         batch = cpu_batch.to(policy.device)
-        with policy.as_trainable(checkpointing=checkpointing):
+        with policy.as_trainable(checkpointing=checkpointing, offloading=offloading):
             logprobs_N, entropy_N = scoring(policy, batch)
             inputs = ObjectiveInputs(
                 logprobs_N=logprobs_N,

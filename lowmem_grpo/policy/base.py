@@ -29,7 +29,7 @@ from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lowmem_grpo.errors import ModelError
-from lowmem_grpo.policy.activations import set_checkpointing
+from lowmem_grpo.policy.activations import HostBuffers, kept_on_host, set_checkpointing
 from lowmem_grpo.policy.attention import PackedLayout
 from lowmem_grpo.policy.logprobs import logits_tile, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, lora_config
@@ -58,6 +58,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.attention = attention
         self.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
+        self.buffers = HostBuffers()
+        self._offloading = False
         self.causal_lm = model.get_base_model()
         self.trunk = self.causal_lm.base_model
         head = self.causal_lm.get_output_embeddings()
@@ -85,16 +87,25 @@ class Policy:
             yield
 
     @contextlib.contextmanager
-    def as_trainable(self, *, checkpointing: bool = False):
+    def as_trainable(self, *, checkpointing: bool = False, offloading: bool = False):
         """Adapters on, gradients recorded; with `checkpointing`, layers are computed again in
-        backward.
+        backward, and with `offloading` what that takes lies in host memory.
         """
         set_checkpointing(self.causal_lm, checkpointing)
+        self._offloading = offloading
         try:
             with torch.enable_grad():
                 yield
         finally:
             set_checkpointing(self.causal_lm, False)
+            self._offloading = False
+
+    def release(self) -> None:
+        """Give memory that is cached and not in use back to the card. To be called between phases:
+        what one leaves in pieces has the wrong sizes for the next.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # --- Forward
 
@@ -108,12 +119,13 @@ class Policy:
         """Last hidden states [T, D] of packed tokens; ids and positions are int64 [T] on the
         policy's device.
         """
-        return self.trunk(
-            input_ids=input_ids_T[None],
-            position_ids=positions_T[None],
-            use_cache=False,
-            layout=layout,
-        ).last_hidden_state[0]
+        with kept_on_host(self.buffers) if self._offloading else contextlib.nullcontext():
+            return self.trunk(
+                input_ids=input_ids_T[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                layout=layout,
+            ).last_hidden_state[0]
 
     def logits(self, hidden_ND) -> torch.Tensor:
         """Full logits [N, V] in float32, for sampling: N is a handful of last positions."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
+from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.lora import LoraLinear4bit
@@ -109,7 +110,7 @@ def fake_policy(architecture: str, backend: str) -> Policy:
     return Policy(model, None, attention=backend, tile_tokens=16, tile_vocab=50)
 
 
-def step(policy, groups, *, checkpointing: bool) -> dict:
+def step(policy, groups, *, checkpointing: bool, offloading: bool) -> dict:
     """Reference, update and optimizer step as the trainer does them; what is then on the device."""
     weights = [0.1] * 5
     scoring = Scoring(temperature=0.9, end_ids=(0,))
@@ -123,7 +124,7 @@ def step(policy, groups, *, checkpointing: bool) -> dict:
     batches = pack(groups, weights, **layout)
     stats = accumulate(
         policy, batches, scoring, epsilon=0.2, epsilon_high=0.28, beta=0.04,
-        checkpointing=checkpointing,
+        checkpointing=checkpointing, offloading=offloading,
     )  # fmt: skip
     places = {f"{p.grad.device.type} {p.grad.dtype}" for p in parameters.values()}
     apply_update(list(parameters.values()), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
@@ -144,13 +145,16 @@ def step(policy, groups, *, checkpointing: bool) -> dict:
     }
 
 
-def run(architecture: str, *, backend="torch_varlen", layout=None, checkpointing=True) -> dict:
+def run(
+    architecture: str, *, backend="torch_varlen", layout=None, checkpointing=True, offloading=False
+) -> dict:
+    activations.LEAST_BYTES = 1
     groups = make_groups([(7, [5, 3, 1]), (4, [6, 6])], vocab=128)
     with FakeTensorMode(), OneDevice(), Reads():
         policy = fake_policy(architecture, backend)
         if layout is not None:
             policy.layout = lambda groups: layout(tuple(groups), backend, policy.device)
-        return step(policy, groups, checkpointing=checkpointing)
+        return step(policy, groups, checkpointing=checkpointing, offloading=offloading)
 
 
 # What these tests are there to find: one tensor made without its device.
@@ -172,6 +176,7 @@ class LengthsOnTheCpu(PackedLayout):
 CASES = {
     **{name: partial(run, name) for name in ("llama", "qwen2", "qwen3")},
     "nothing recomputed": partial(run, "llama", checkpointing=False),
+    "inputs on the host": partial(run, "llama", offloading=True),
     "sdpa": partial(run, "llama", backend="sdpa"),
     "index on the CPU": partial(run, "llama", layout=IndexOnTheCpu),
     "lengths on the CPU": partial(run, "llama", layout=LengthsOnTheCpu),

@@ -34,7 +34,9 @@ def cases(tmp_path_factory):
     return {line["case"]: line for line in lines}
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "nothing recomputed", "sdpa"])
+@pytest.mark.parametrize(
+    "case", ["llama", "qwen2", "qwen3", "nothing recomputed", "inputs on the host", "sdpa"]
+)
 def test_a_step_runs_on_cuda_and_keeps_float32_adapters(cases, case):
     found = cases[case]
     assert found["error"] is None
