@@ -248,8 +248,8 @@ class CudaRules:
     def replacements(self) -> TorchFunctionMode:
         """A mode under which functions call what CUDA would.
 
-        It holds for the thread that enters it: on fake CPU tensors that is backward's as well. On
-        fake CUDA tensors backward has another, so layers that are recomputed there miss it.
+        It is off within `Tensor.backward`, as every such mode is while it is asked: whoever
+        recomputes layers there has to enter it again.
         """
         return _Replacements(self.card)
 
@@ -267,7 +267,11 @@ class _Replacements(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if function is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        return function(*args, **kwargs)
+        made = function(*args, **kwargs)
+        if function is torch.tensor and made.is_meta:
+            # No operation makes a meta tensor of given values: whoever watches would miss it.
+            return torch.empty_like(made, requires_grad=made.requires_grad)
+        return made
 
     def _dropout(self, input, p=0.5, training=True, train=None, inplace=False):
         if not (training if train is None else train) or p == 0.0:
