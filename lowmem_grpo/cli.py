@@ -76,8 +76,11 @@ for command in (doctor, memory, model, plan, profiles):
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
+@click.option("--rehearse", is_flag=True, help="Run the longest planned shapes first.")
 @QUIET
-def train(run_file, profile, assignments, rewards, resume, overwrite, quiet, **flags) -> None:
+def train(
+    run_file, profile, assignments, rewards, resume, overwrite, rehearse, quiet, **flags
+) -> None:
     """Train a model's adapters with GRPO."""
     if resume and overwrite:
         raise click.UsageError(
@@ -95,7 +98,8 @@ def train(run_file, profile, assignments, rewards, resume, overwrite, quiet, **f
     config = read_config(run_file, profile, assignments, flags, console.say)
     from lowmem_grpo.train import train as run_training
 
-    sys.exit(run_training(config, resume=resume, overwrite=overwrite, console=console))
+    how = {"resume": resume, "overwrite": overwrite, "rehearse": rehearse}
+    sys.exit(run_training(config, console=console, **how))
 
 
 @main.command(name="eval")
@@ -116,12 +120,17 @@ def train(run_file, profile, assignments, rewards, resume, overwrite, quiet, **f
 @QUIET
 def evaluate(target, profile, assignments, show, as_json, quiet, **flags) -> None:
     """Greedy pass@1 on held-out problems, strict and lenient."""
+    from lowmem_grpo.hardware import detect
+    from lowmem_grpo.memory.card import machine_card
+    from lowmem_grpo.memory.plan import Planner
+    from lowmem_grpo.memory.settle import settle_evaluation
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.evaluate import evaluate as run_evaluation
     from lowmem_grpo.setup import open_policy, open_task
 
     console = Console(quiet=quiet or as_json)
     config, adapter = read_target(target, profile, assignments, flags, console.say)
+    config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     task = open_task(config)
     policy = open_policy(config, console.say, adapter=adapter)
     with console.progress("evaluation", None) as advance:
@@ -168,6 +177,10 @@ def evaluate(target, profile, assignments, show, as_json, quiet, **flags) -> Non
 @QUIET
 def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
     """Look at completions of PROMPT, or of a held-out problem."""
+    from lowmem_grpo.hardware import detect
+    from lowmem_grpo.memory.card import machine_card
+    from lowmem_grpo.memory.plan import Planner
+    from lowmem_grpo.memory.settle import settle_sampling
     from lowmem_grpo.rollout.groups import sample_groups
     from lowmem_grpo.rollout.sampling import Sampling
     from lowmem_grpo.run.console import Console
@@ -180,6 +193,8 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
         problem = open_task(config).eval_problems(1)[0]
     else:
         problem = Problem("prompt", chat(prompt, config.task.system_prompt), "")
+    planner = Planner(config, machine_card(detect(config.model.device)))
+    config = settle_sampling(planner, config, count)
     policy = open_policy(config, console.say, adapter=adapter)
     r = config.rollout
     sampling = Sampling(**{k: getattr(r, k) for k in Sampling.__dataclass_fields__})

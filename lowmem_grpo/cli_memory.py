@@ -1,10 +1,19 @@
-"""Commands about memory: plan, replay. No torch at import."""
+"""Commands about memory: plan, profile, replay, report. No torch at import."""
 
 from pathlib import Path
 
 import click
 
-from lowmem_grpo.cli_options import JSON, SHAPE, SHARED, options, print_json, read_config
+from lowmem_grpo.cli_options import (
+    JSON,
+    QUIET,
+    SHAPE,
+    SHARED,
+    options,
+    print_document,
+    print_json,
+    read_config,
+)
 
 __all__ = ["memory", "plan"]
 
@@ -38,32 +47,108 @@ def replay(snapshots: tuple[Path, ...], device: int | None, as_json: bool) -> No
         raise SystemExit(1)
 
 
+@memory.command()
+@click.argument("target", type=click.Path(path_type=Path), metavar="RUN|FILE")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Directory for the page and its pictures; by default RUN/report, or FILE-report.",
+)
+@click.option("--device", type=int, help="Which device's trace, where a snapshot has several.")
+@JSON
+def report(target: Path, output: Path | None, device: int | None, as_json: bool) -> None:
+    """Write a page with tables and pictures of what memory held; prints its path.
+
+    RUN is a run directory. FILE is what `plan --json` or `memory profile --json` printed, or a
+    torch.cuda memory snapshot, which is read as plain data.
+    """
+    from lowmem_grpo.memory.report import write_report
+
+    written = write_report(target, output, device)
+    if as_json:
+        print_json(written.to_json())
+    else:
+        click.echo(written.page)
+
+
+@memory.command()
+@options(SHARED, SHAPE)
+@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--snapshot", type=click.Path(path_type=Path), help="Keep CUDA's history there.")
+@JSON
+@QUIET
+def profile(run_file, profile, assignments, steps, snapshot, as_json, quiet, **flags) -> None:
+    """Run the phases for real on this device, at their longest, and compare them with the plan.
+
+    Nothing is trained: adapters are fresh and thrown away.
+    """
+    from lowmem_grpo.memory.profile import profile as run_profile
+    from lowmem_grpo.run.console import Console
+
+    console = Console(quiet=quiet or as_json)
+    config = read_config(run_file, profile, assignments, flags, console.say)
+    with console.progress("profile", None) as advance:
+        found = run_profile(
+            config, snapshot=snapshot, steps=steps, say=console.say, advance=advance
+        )
+    if as_json:
+        print_document(found)
+        return
+    from rich.console import Console as RichConsole
+
+    from lowmem_grpo.memory.report import comparison_table
+
+    measured = found["measured"]
+    title = f"{found['plan']['model']} on {measured['device']}: predicted and measured (MiB)"
+    RichConsole().print(comparison_table(found["comparison"], title))
+    click.echo(f"Measured: {measured['how']}.")
+
+
 @click.command()
 @options(SHARED, SHAPE)
+@click.option(
+    "--solve",
+    type=click.Choice(["max_completion_length", "num_generations"]),
+    help="Find the largest value that fits, with memory settings on auto chosen for it.",
+)
 @JSON
-def plan(run_file, profile, assignments, as_json, **flags) -> None:
+def plan(run_file, profile, assignments, solve, as_json, **flags) -> None:
     """Memory of every phase on a card, before anything is loaded: no GPU, no weights.
 
     Exits with 3 when it does not fit the card.
     """
     from lowmem_grpo.hardware import detect
-    from lowmem_grpo.memory.plan import make_plan, plan_card
+    from lowmem_grpo.memory.admit import refusal, solved
+    from lowmem_grpo.memory.card import machine_card, plan_card
+    from lowmem_grpo.memory.plan import Planner
+    from lowmem_grpo.memory.settle import settle
     from lowmem_grpo.profiles import choose_profile
 
     config = read_config(run_file, profile, assignments, flags)
-    chosen = choose_profile(profile, detect(config.model.device)).value
-    found = make_plan(config, plan_card(chosen), chosen.name)
+    machine = detect(config.model.device)
+    chosen = choose_profile(profile, machine).value
+    card = machine_card(machine) if profile == "auto" else plan_card(chosen, machine)
+    planner = Planner(config, card, chosen.name)
+    if solve is not None:
+        config = solved(planner, config, solve)
+    settled, found = settle(planner, config)
     if as_json:
-        print_json(found.to_json())
+        print_document(found.to_json())
     else:
-        from rich.console import Console
-
-        Console().print(_plan_table(found))
-    if found.fits and not as_json:
-        click.echo(found.verdict())
+        _print_plan(found, settled)
     if not found.fits:
-        click.echo(f"error: {found.verdict()}", err=True)
+        click.echo(f"error: {refusal(planner, config, found)}", err=True)
         raise SystemExit(3)
+
+
+def _print_plan(found, config) -> None:
+    from rich.console import Console
+
+    Console().print(_plan_table(found))
+    for key in config.chosen:
+        click.echo(f"{key} = {found.settings[key]} ({config.sources[key]})")
+    if found.fits:
+        click.echo(found.verdict())
 
 
 def _plan_table(found):

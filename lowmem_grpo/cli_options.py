@@ -19,6 +19,7 @@ __all__ = [
     "SHARED",
     "TRAIN",
     "options",
+    "print_document",
     "print_json",
     "read_config",
     "read_target",
@@ -114,6 +115,11 @@ def read_config(
         say(f"profile {chosen.value.name}: {chosen.reason}")
         base = f"profile {chosen.value.name}", chosen.value.settings
     return load_config(run_file, profile=base, assignments=layers)
+
+
+def print_document(document: Any) -> None:
+    """A long document, with lists of thousands of numbers, on one line."""
+    click.echo(json.dumps(document, ensure_ascii=False))
 
 
 def print_json(document: Any) -> None:

@@ -20,6 +20,7 @@ __all__ = ["Config", "build_config", "config_toml", "load_config", "parse_assign
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Auto = Literal["auto"]
 
 
 class _Section(BaseModel):
@@ -154,16 +155,29 @@ class OptimizerConfig(_Section):
 
 
 class MemoryConfig(_Section):
-    micro_batch_tokens: Positive = 4096
+    """`auto` leaves a setting to the memory plan, which says what it chose and why."""
+
+    micro_batch_tokens: Positive | Auto = "auto"
     """Most trunk tokens in one forward and backward pass."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Auto = "auto"
     """Keep each layer's input only and compute the layer again in backward."""
-    logits_tile_tokens: Positive = 1024
+    activation_offloading: bool | Auto = "auto"
+    """Keep the layers' inputs in pinned host memory; needs gradient_checkpointing."""
+    logits_tile_tokens: Positive | Auto = "auto"
     """Rows of one tile of the LM head."""
-    logits_tile_vocab: Positive = 16384
+    logits_tile_vocab: Positive | Auto = "auto"
     """Columns of one tile of the LM head."""
-    rollout_batch_size: Positive = 32
+    rollout_batch_size: Positive | Auto = "auto"
     """Completions decoded at once."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> MemoryConfig:
+        if self.activation_offloading is True and self.gradient_checkpointing is False:
+            raise ValueError(
+                "memory.activation_offloading = true moves what checkpointing keeps: use "
+                "memory.gradient_checkpointing = true with it"
+            )
+        return self
 
 
 class EvalConfig(_Section):
@@ -173,8 +187,8 @@ class EvalConfig(_Section):
     """Evaluate every so many steps during training; 0: never."""
     max_completion_length: Positive | None = None
     """Longest completion of an evaluation; rollout.max_completion_length when left out."""
-    batch_size: Positive = 64
-    """Completions decoded at once."""
+    batch_size: Positive | Auto = "auto"
+    """Completions decoded at once; auto leaves it to the memory plan."""
 
 
 class RunConfig(_Section):
@@ -233,6 +247,21 @@ class Config(_Section):
                 f"{len(self.rewards.functions)} rewards.functions"
             )
         return self
+
+    def settled(self, values: dict[str, Any], origin: str) -> Config:
+        """The same run with other values ("section.key": value), which came from `origin`."""
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            section, key = name.split(".")
+            sections.setdefault(section, {})[key] = value
+        changed = {s: getattr(self, s).model_copy(update=v) for s, v in sections.items()}
+        sources = {**self.sources, **dict.fromkeys(values, origin)}
+        return self.model_copy(update={**changed, "sources": sources})
+
+    @property
+    def chosen(self) -> list[str]:
+        """The settings that the memory plan chose; their sources say why."""
+        return [key for key, source in self.sources.items() if source.startswith("plan: ")]
 
     def check_trainable(self) -> None:
         """Refuse what can be sampled but not trained on. Raises ConfigError."""

@@ -29,6 +29,12 @@ class ModelError(UserError):
     """The model cannot be had or used: a missing file, a corrupt one, no chat template."""
 
 
+class PlanError(UserError):
+    """The run would not fit the card's memory, or the host's."""
+
+    exit_code = 3
+
+
 class RewardError(UserError):
     """A reward function failed while it was scoring. Wrong reward settings are a `ConfigError`."""
 

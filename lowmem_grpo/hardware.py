@@ -42,7 +42,7 @@ class Machine:
     `memory_bytes` is the card's memory as CUDA reports it (less than the printed size: the driver
     and ECC keep a part), or the host's memory for a CPU. `bf16_cpu` says what makes bf16 fast on
     this CPU, None where nothing does. `unusable` maps an attention backend ("flash_attn",
-    "torch_varlen") to why its software cannot be used here.
+    "torch_varlen") to why its software cannot be used here. `multiprocessors`: None if not known.
     """
 
     device_type: str
@@ -56,6 +56,7 @@ class Machine:
     versions: dict[str, str]
     device_index: int | None = None
     unusable: dict[str, str] = dataclasses.field(default_factory=dict)
+    multiprocessors: int | None = None
 
     @property
     def device(self) -> str:
@@ -126,6 +127,7 @@ def detect(device: str = "auto") -> Machine:
         versions=versions,
         device_index=chosen.index,
         unusable=unusable,
+        multiprocessors=properties.multi_processor_count,
         **shared,
     )
 

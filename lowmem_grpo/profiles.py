@@ -7,9 +7,9 @@ configuration is validated, not here.
 
 Keys of `[card]`: `name` (as CUDA reports it, or "cpu"), `aliases`, `memory_gib` (as printed on the
 box), `visible_mib` (what CUDA reports as total memory; less, as the driver and ECC keep a part),
-`compute_capability`, `bandwidth_gb_s` (10^9 bytes a second), `bf16_tflops` and `fp16_tflops` (dense
-tensor rate with fp32 accumulation), `desktop_mib` (what a desktop on the same card takes),
-`sources`.
+`compute_capability`, `multiprocessors` (how many), `bandwidth_gb_s` (10^9 bytes a second),
+`bf16_tflops` and `fp16_tflops` (dense tensor rate with fp32 accumulation), `desktop_mib` (what a
+desktop on the same card takes), `sources`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.config import MemoryConfig
 from lowmem_grpo.errors import ConfigError, nearest
 from lowmem_grpo.hardware import Choice, Machine
 
@@ -33,6 +34,7 @@ _CARD_KEYS = {
     "memory_gib": (int, float),
     "visible_mib": int,
     "compute_capability": list,
+    "multiprocessors": int,
     "bandwidth_gb_s": (int, float),
     "bf16_tflops": (int, float),
     "fp16_tflops": (int, float),
@@ -68,6 +70,11 @@ class Profile:
         """(8, 9) for a card, None for a CPU."""
         pair = self.card.get("compute_capability")
         return (pair[0], pair[1]) if pair else None
+
+    @property
+    def multiprocessors(self) -> int | None:
+        """How many the card has; None for a CPU, and where the profile does not say."""
+        return self.card.get("multiprocessors")
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as plain JSON values."""
@@ -138,22 +145,6 @@ def choose_profile(requested: str, machine: Machine) -> Choice:
     return Choice(profile, reason)
 
 
-def estimated_memory(memory_bytes: int) -> dict[str, int | bool]:
-    """The `[memory]` section in proportion to a card's memory, from the values of 24 GB cards.
-
-    An estimate to start from, neither planned nor measured. Small cards are rounded down, because
-    the CUDA context and the model take the same there.
-    """
-    share = math.ceil(memory_bytes / _GIB) / 24
-    return {
-        "micro_batch_tokens": max(1024, int(8192 * share) // 1024 * 1024),
-        "gradient_checkpointing": True,
-        "logits_tile_tokens": 2048 if share >= 1 else 1024,
-        "logits_tile_vocab": 32768,
-        "rollout_batch_size": max(8, int(32 * share) // 8 * 8),
-    }
-
-
 def detected_name(machine: Machine) -> str:
     """A name for this machine's own profile: `rtx-4060-laptop-gpu-8gb`."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"nvidia|geforce", "", machine.name.casefold()))
@@ -173,8 +164,10 @@ def detect_text(machine: Machine) -> str:
         major, minor = machine.compute_capability
         lines.append(f"visible_mib = {machine.memory_bytes // _MIB}  # total memory, as CUDA says")
         lines.append(f"compute_capability = [{major}, {minor}]")
-        settings = estimated_memory(machine.memory_bytes)
-        lines += ["", "# Estimates, in proportion to the memory: not yet planned, not measured."]
+        if machine.multiprocessors is not None:
+            lines.append(f"multiprocessors = {machine.multiprocessors}")
+        settings = dict.fromkeys(MemoryConfig.model_fields, "auto")
+        lines += ["", "# auto: the memory plan chooses, for the model and the lengths of a run."]
     lines += ["", "[memory]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     return "\n".join(lines) + "\n"

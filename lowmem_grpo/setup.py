@@ -8,11 +8,19 @@ from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.policy.base import AdapterSettings, Policy
-from lowmem_grpo.policy.load import load_policy
+from lowmem_grpo.policy.load import load_policy, load_tokenizer
+from lowmem_grpo.rollout.groups import prompt_ids
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
 
-__all__ = ["adapter_settings", "choose", "open_optimizer", "open_policy", "open_task"]
+__all__ = [
+    "adapter_settings",
+    "check_prompts",
+    "choose",
+    "open_optimizer",
+    "open_policy",
+    "open_task",
+]
 
 
 def choose(config: Config) -> tuple[Machine, dict[str, Choice]]:
@@ -87,3 +95,16 @@ def open_task(config: Config) -> Task:
         eval_path=task.eval_path,
     )
     return load_task(task.name, seed=task.seed, options=options)
+
+
+def check_prompts(task: Task, config: Config) -> None:
+    """Meet every prompt that is longer than allowed before anything is loaded, and not in the
+    middle of the run. Raises TaskError.
+    """
+    tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
+    batches = -(-config.run.steps // config.grpo.num_iterations)
+    for index in range(batches * config.rollout.problems_per_step):
+        prompt_ids(tokenizer, task.train_problem(index), config.rollout.max_prompt_length)
+    if config.eval.every:
+        for problem in task.eval_problems(config.eval.num_problems):
+            prompt_ids(tokenizer, problem, config.rollout.max_prompt_length)

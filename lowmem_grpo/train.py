@@ -1,7 +1,8 @@
 """The loop: GRPO (Shao et al., DeepSeekMath, arXiv 2402.03300) on one 4-bit base, read top to
 bottom.
 
-    LOAD -> [ ROLLOUT -> REWARD -> REFERENCE -> UPDATE x num_iterations -> (EVAL) (SAVE) ] x steps
+    PLAN -> LOAD
+    -> [ ROLLOUT -> REWARD -> REFERENCE -> UPDATE x num_iterations -> (EVAL) (SAVE) ] x steps
 
 A step is one optimizer step; a batch of groups serves `grpo.num_iterations` of them. What is in
 hand between two phases (`State`) is all that a run is: it is saved when a run stops, whatever the
@@ -10,6 +11,7 @@ reason, and a resumed run goes on with the same tokens.
 Left out: several devices, multi-turn episodes, an old policy other than the sampler.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -21,10 +23,14 @@ from lowmem_grpo.grpo.objective import rollout_weights
 from lowmem_grpo.grpo.optimizer import learning_rate_at
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
-from lowmem_grpo.policy.load import load_tokenizer
+from lowmem_grpo.hardware import detect
+from lowmem_grpo.memory.admit import admit
+from lowmem_grpo.memory.card import machine_card
+from lowmem_grpo.memory.shapes import met
+from lowmem_grpo.memory.watch import Watch
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.rewards import Reward, load_rewards, score
-from lowmem_grpo.rollout.groups import end_token_ids, prompt_ids, sample_groups
+from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import (
@@ -38,10 +44,9 @@ from lowmem_grpo.run.checkpoint import (
 from lowmem_grpo.run.console import Console
 from lowmem_grpo.run.directory import RunDirectory, write_atomic
 from lowmem_grpo.run.evaluate import evaluate
-from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.metrics import MetricsWriter, alarms, step_record
 from lowmem_grpo.run.stop import StopRequest
-from lowmem_grpo.setup import open_optimizer, open_policy, open_task
+from lowmem_grpo.setup import check_prompts, open_optimizer, open_policy, open_task
 from lowmem_grpo.tasks import Task
 
 __all__ = ["DONE", "STOPPED", "train"]
@@ -49,9 +54,11 @@ __all__ = ["DONE", "STOPPED", "train"]
 DONE, STOPPED = 0, 4
 
 
-def train(config: Config, *, resume: bool, overwrite: bool, console: Console) -> int:
+def train(
+    config: Config, *, resume: bool, overwrite: bool, console: Console, rehearse: bool = False
+) -> int:
     """Train as configured in `config.run.output`. Returns the exit code: 0 done, 4 stopped by a
-    signal.
+    signal. `rehearse`: run the longest planned shapes first.
 
     Raises UserError for what the person can mend. Once the loop has begun, the run is saved before
     any error leaves it.
@@ -59,7 +66,9 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
     config.check_trainable()
     task = open_task(config)
     rewards = load_rewards(config.rewards.functions, config.rewards.weights, task)
-    _check_prompts(task, config)
+    check_prompts(task, config)
+    # Before the directory is touched: a run that does not fit must not replace one that did.
+    config, plan, planner = admit(config, machine_card(detect(config.model.device)), console.say)
     with (
         RunDirectory(config.run.output, resume=resume, overwrite=overwrite) as run,
         StopRequest() as stop,
@@ -81,7 +90,13 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
             console.say(f"resumed from {checkpoint} (step {state.step})")
         if scaler is not None and state.scaler:
             scaler.load_state_dict(state.scaler)
+        policy.release()
         write_atomic(run / "config.toml", config_toml(config))
+        write_atomic(run / "plan.json", json.dumps(plan.to_json()))
+        watch = Watch(planner, config, run / "memory.json", console.say, console.warn)
+        if rehearse:
+            with console.progress("rehearsal", None) as advance:
+                watch.rehearse(policy, advance)
         for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
             run.rewind(name, state.step)
 
@@ -98,13 +113,14 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                 if config.eval.every and state.step == 0 and state.groups is None:
                     _evaluate(policy, task, config, 0, metrics, console)
                 while state.step < config.run.steps and not stop.requested:
-                    meter = Meter(policy.device)
+                    meter = watch.meter(policy, optimizer, last=state.step + 1 == config.run.steps)
                     begun = time.perf_counter()
 
                     # ROLLOUT
                     if state.groups is None:
                         with meter.phase("rollout"):
                             state.groups = _roll_out(policy, task, config, state.batch, console)
+                        policy.release()
                         state.batch, state.iteration = state.batch + 1, 0
                     if stop.requested:
                         break
@@ -147,9 +163,11 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                                 epsilon_high=config.grpo.upper_epsilon,
                                 beta=config.grpo.beta,
                                 checkpointing=config.memory.gradient_checkpointing,
+                                offloading=config.memory.activation_offloading,
                                 loss_scale=scaler.scale if scaler is not None else None,
                                 advance=advance,
                             )
+                    with meter.phase("optimizer"):
                         grad_norm, change = apply_update(
                             parameters,
                             optimizer,
@@ -157,6 +175,7 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                             max_grad_norm=o.max_grad_norm,
                             scaler=scaler,
                         )
+                    policy.release()
                     meter.seconds["total"] = time.perf_counter() - begun
                     meter.seconds["save"], save_seconds = save_seconds, 0.0
                     trained = sum(len(batch.members) for batch in batches)
@@ -173,12 +192,14 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
                     )
                     if state.iteration == 0:
                         metrics.write_rollouts(state.step + 1, state.groups)
+                    shapes = met(state.groups, batches, config)
                     state.step, state.iteration = state.step + 1, state.iteration + 1
                     if state.iteration == config.grpo.num_iterations:
                         state.groups = None
 
                     metrics.write(record)
                     console.step(record, config.run.steps)
+                    watch.step(state.step, meter.memory, shapes)
                     for alarm in alarms(record):
                         console.warn(alarm)
 
@@ -202,22 +223,10 @@ def train(config: Config, *, resume: bool, overwrite: bool, console: Console) ->
         if stop.requested and state.step < config.run.steps:
             console.say(f"stopped by {stop.requested} after step {state.step}; --resume goes on")
             return STOPPED
+        watch.end()
         save_adapter(run / "adapter", policy, base_name)
         console.say(f"done: {state.step} steps, adapter in {run / 'adapter'}")
     return DONE
-
-
-def _check_prompts(task: Task, config: Config) -> None:
-    """Meet every prompt that is longer than allowed before anything is loaded, and not in the
-    middle of the run.
-    """
-    tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
-    batches = -(-config.run.steps // config.grpo.num_iterations)
-    for index in range(batches * config.rollout.problems_per_step):
-        prompt_ids(tokenizer, task.train_problem(index), config.rollout.max_prompt_length)
-    if config.eval.every:
-        for problem in task.eval_problems(config.eval.num_problems):
-            prompt_ids(tokenizer, problem, config.rollout.max_prompt_length)
 
 
 def _roll_out(policy, task: Task, config: Config, batch: int, console: Console) -> list[Group]:
@@ -284,5 +293,6 @@ def _evaluate(
             batch_size=e.batch_size,
             advance=advance,
         )
+    policy.release()
     metrics.write_evaluation(step, found.summary())
     console.say(f"held out after step {step}: {found.line()}")

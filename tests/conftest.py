@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.tiny import make_tiny_model
 
@@ -25,7 +26,9 @@ def tiny_model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_model():
     """The demo model's name, fetched into the cache if it is not there."""
-    from lowmem_grpo.policy.source import DEMO, fetch
+    from lowmem_grpo.policy.source import DEMO, cache_directory, fetch
 
-    fetch(DEMO)
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_directory() / "tests.lock"):  # tests run in two processes
+        fetch(DEMO)
     return DEMO

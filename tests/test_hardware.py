@@ -254,6 +254,7 @@ def test_this_machine_is_detected_the_same_twice():
     machine = hardware.detect("cpu")
     assert machine == hardware.detect("cpu")
     assert (machine.device, machine.compute_capability) == ("cpu", None)
+    assert machine.multiprocessors is None
     assert machine.memory_bytes == machine.host_memory_bytes > GIB // 2
     assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= machine.versions.keys()
 
@@ -278,7 +279,11 @@ def a_card_that_is_not_there(monkeypatch):
     import torch
 
     properties = types.SimpleNamespace(
-        name="NVIDIA GeForce RTX 3060", total_memory=11906 * 2**20, major=8, minor=6
+        name="NVIDIA GeForce RTX 3060",
+        total_memory=11906 * 2**20,
+        major=8,
+        minor=6,
+        multi_processor_count=28,
     )
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
@@ -295,6 +300,7 @@ def test_a_card_is_detected_with_what_its_software_can_do(a_card_that_is_not_the
     machine = hardware.detect()
     assert (machine.device, machine.name) == ("cuda:0", "NVIDIA GeForce RTX 3060")
     assert (machine.compute_capability, machine.memory_bytes) == ((8, 6), 11906 * 2**20)
+    assert machine.multiprocessors == 28
     assert machine.memory_bytes != machine.host_memory_bytes
     assert machine.versions["cuda"] == "12.8"
     assert "flash_attn" not in machine.versions

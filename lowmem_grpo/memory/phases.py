@@ -1,345 +1,368 @@
-"""The phases of a step at their largest, on tensors without values: load, rollout, reference,
-update, optimizer.
+"""The phases of a step on tensors without values: load, rollout, reference, update, optimizer, and
+the evaluation during training.
 
 Everything that runs is the product's own code (policy, cache, packing, scoring, objective,
 optimizer step), except that
 
 - the sampler's loop over tokens is restated: a completion of thousands of tokens is decoded at its
-  first token, at some in between and at its last ones. The cache is allocated whole at the first.
+  first token, at those where the sizes of tensors change, and at its last ones. The cache is
+  allocated whole at the first.
 - an 8-bit optimizer is `rules.StandInAdam8bit`: the real one refuses such tensors.
-- numbers that are read from the device (norms, losses, token ids) are ones.
+- numbers that are read from the device are ones (`memory/unreal.py`).
+- of a model whose layers are alike a few are traced, for all of them (`memory/layers.py`).
 - the second step is the first one's events once more, less what the first left behind.
 
-Tensors of the card are meta tensors: they are five times faster to trace than fake ones, need no
+For a card the tensors are meta tensors: they are five times faster to trace than fake ones, need no
 GPU, and the host's, which are real, are told from them. torch has no foreach kernels for them, so
-the optimizer runs on fake tensors and its events are put in place.
-
-Two micro-batches are run, since which one is heavier depends on the model: one with the *longest*
-completions, and one with the *most* that fill it, whose attention keeps a copy of the prompt's keys
-and values for each.
+the optimizer runs on fake tensors and its events are put in place. For a CPU, where the host is the
+device, all are fake CPU tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.overrides import TorchFunctionMode
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ModelError
-from lowmem_grpo.grpo.objective import rollout_weights
-from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.memory.allocator import Event
+from lowmem_grpo.memory.decoding import decode
+from lowmem_grpo.memory.layers import alike, base_id, deepened, shortened
 from lowmem_grpo.memory.rules import CudaRules, StandInAdam8bit
-from lowmem_grpo.memory.trace import Recorder
+from lowmem_grpo.memory.shapes import Batch, Shapes, Wave, groups_of, packed
+from lowmem_grpo.memory.simulate import add_up
+from lowmem_grpo.memory.trace import OUTSIDE, Recorder, layer_number
+from lowmem_grpo.memory.unreal import HOST, CountedBuffers, FewTiles, Scaler, Values
+from lowmem_grpo.policy.load import check_forward
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
-from lowmem_grpo.rollout.cache import Prefill, WaveCache
-from lowmem_grpo.rollout.sampling import Sampling, choose
-from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.setup import adapter_settings, open_optimizer
-from lowmem_grpo.tasks.base import Problem
 
-__all__ = ["Traced", "fullest", "trace_phases", "wave"]
+__all__ = ["PHASES", "Alone", "Phases", "Traced"]
 
-DEVICE = "meta"  # tensors with shapes only; the host's are real, and not counted
-DECODED = 4  # tokens of the longest completion that are decoded
+PHASES = ("load", "rollout", "reference", "update", "optimizer", "evaluation")
+
+DECODED = 4  # tokens on the way, where a few are enough
+COUNTER = 4  # bytes of the number in which AdamW counts the steps of a parameter
+PART, STEP = 1 << 40, 1 << 50  # between the ids of two parts of a step, and of two steps
 
 
-@dataclass(frozen=True)
-class Traced:
-    """The events of loading and two steps. `batches`: trunk tokens and completions of each
-    micro-batch; `adapter_bytes` and `optimizer_bytes`: what a checkpoint copies to the host.
+class Traced(NamedTuple):
+    """The events of loading and two steps. `adapter_bytes` and `optimizer_bytes`: what a checkpoint
+    copies to the host; `pinned_bytes`: the most that lies there during an update.
     """
 
     events: list[Event]
-    batches: list[tuple[int, int]]
     adapter_bytes: int
     optimizer_bytes: int
+    pinned_bytes: int
 
 
-class _Reads(TorchFunctionMode):
-    """Answers for values that fake tensors do not have: ones, and the wave's rows a problem."""
+class Alone(NamedTuple):
+    """The events of one phase, and the bytes that are alive all the while: weights and moments.
+    `pinned_bytes`: see `Traced`.
+    """
 
-    def __init__(self, rules: CudaRules, rows_per_problem: int = 0):
-        super().__init__()
-        self.rules, self.rows_per_problem = rules, rows_per_problem
+    events: list[Event]
+    around_bytes: int
+    pinned_bytes: int
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.Tensor.backward:
-            return self._backward(function, args, kwargs)
-        if function is torch.Tensor.item:
-            return 1.0
-        if function is torch.Tensor.tolist:
-            return [1.0] * args[0].numel()  # of vectors only
-        if function is torch.Tensor.cpu:
-            return torch.zeros(args[0].shape, dtype=args[0].dtype)
-        if function is torch.bincount:  # of problems: its length would depend on values
-            return torch.empty(kwargs["minlength"], dtype=torch.int64, device=args[0].device)
-        if function is torch.Tensor.repeat_interleave and isinstance(args[1], torch.Tensor):
-            return args[0].new_empty(args[0].numel() * self.rows_per_problem)
-        if function is torch.Tensor.__int__:
-            return self.rows_per_problem
-        return function(*args, **kwargs)
 
-    def _backward(self, function, args, kwargs):
-        """Modes are off while they are asked, and so for all of backward, which under checkpointing
-        computes the layers again: the outermost module puts them on, as they were in forward.
+class _Part(NamedTuple):
+    """Events that are put together with others'. `gradients`: ids of those that are left alive, or
+    that are met, in the order of the parameters. `kept`: bytes of what is left; `pinned`: the most
+    that lay on the host.
+    """
+
+    events: list[Event]
+    workspaces: dict[tuple[str, bool], int]
+    gradients: tuple[int, ...] = ()
+    kept: int = 0
+    pinned: int = 0
+
+
+class _UnlikeError(Exception):
+    """The layers do not agree: every one of them has to be traced."""
+
+
+class Phases:
+    """The phases of one model with its adapters and optimizer on one card, each shape traced once.
+
+    `card`: see `rules.Card`; without a compute capability it is a CPU. What may differ between the
+    traces are shapes and memory settings. Raises ModelError for an architecture that the packed
+    forward pass does not take.
+    """
+
+    def __init__(self, config: Config, model_config, card, *, dtype: torch.dtype, attention: str):
+        self._config, self._model_config = config, model_config
+        self._dtype, self._attention = dtype, attention
+        self._cuda = card.compute_capability is not None
+        self._device = "meta" if self._cuda else "cpu"
+        rules = CudaRules(card) if self._cuda else None
+        self._recorded = {"device_type": self._device, "rules": rules}
+        self._values = Values(rules)
+        self._fake = contextlib.nullcontext() if self._cuda else FakeTensorMode()
+        self._short = alike(model_config)
+        self._policy = None
+        self._shapes: list[torch.Size] = []  # of the adapters' parameters
+        self._parts: dict[tuple, _Part] = {}
+
+    def trace(self, config: Config, shapes: Shapes, steps: int = 2) -> Traced:
+        """Loading and one or two steps of these shapes, under the memory settings of `config`."""
+        load = self._part(self._load)
+        rollout = self._part(self._roll_out, "rollout", shapes.rollout, None)
+        score = self._scored(config, shapes.batches)
+        optimizer = self._part(self._step)
+        parts = [load, rollout, score, optimizer]
+        if shapes.evaluation is not None:
+            parts.append(self._part(self._roll_out, "evaluation", shapes.evaluation, None))
+        events = _together(parts, score, optimizer)
+        step = [event for event in events if event.phase != "load"]
+        again = _again(step) if steps > 1 else []
+        return Traced(events + again, score.kept, optimizer.kept, score.pinned)
+
+    def alone(self, config: Config, shapes: Wave | tuple[Batch, ...]) -> Alone:
+        """One phase by itself: a wave of the sampler, or reference and update of micro-batches.
+
+        Faster than `trace`, and nearly as exact: a wave is decoded at fewer places, a few tiles of
+        the head stand for all, and the reference, which takes less than the update, is left out.
         """
-        running: list[contextlib.ExitStack] = []
+        load = self._part(self._load)
+        if isinstance(shapes, Wave):
+            part = self._part(self._roll_out, "rollout", shapes, DECODED)
+        else:
+            part = self._scored(config, shapes, few=True)
+        around = load.kept + (self._part(self._step).kept if self._shapes else 0)
+        return Alone(part.events, around, part.pinned)
 
-        def before(module, args) -> None:
-            running.append(contextlib.ExitStack())
-            if len(running) == 1:
-                running[0].enter_context(self)
-                running[0].enter_context(self.rules.replacements())
+    def forget(self) -> None:
+        """Let go of all parts but loading and the optimizer's, which every step has."""
+        kept = self._load.__name__, self._step.__name__
+        self._parts = {key: part for key, part in self._parts.items() if key[0] in kept}
 
-        def after(module, args, output) -> None:
-            running.pop().close()
+    def _scored(self, config: Config, batches: tuple[Batch, ...], few: bool = False) -> _Part:
+        m = config.memory
+        beta = 0.0 if few else config.grpo.beta
+        how = m.gradient_checkpointing, m.activation_offloading
+        tiles = m.logits_tile_tokens, m.logits_tile_vocab
+        return self._part(self._score, batches, beta, *how, *tiles, few)
 
-        with contextlib.ExitStack() as hooks:
-            hooks.callback(register_module_forward_pre_hook(before).remove)
-            hooks.callback(register_module_forward_hook(after, always_call=True).remove)
-            return function(*args, **kwargs)
+    def _part(self, run, *shape) -> _Part:
+        key = run.__name__, *shape
+        if key not in self._parts:
+            try:
+                self._parts[key] = run(*shape)
+            except _UnlikeError:
+                self._short = False
+                self._load()
+                self._parts[key] = run(*shape)
+        return self._parts[key]
 
+    @contextlib.contextmanager
+    def _recorder(self):
+        """Records what runs within, without values."""
+        with self._fake, self._values, Recorder(**self._recorded) as recorder:
+            if self._policy is not None:
+                recorder.name(self._policy.model)
+            yield recorder
 
-class _Scaler(torch.amp.GradScaler):
-    """Takes every step: whether gradients overflowed is a value, too."""
+    def _deep(self, recorder: Recorder, layers: list[int] | None = None) -> list[Event]:
+        """The recorded events, in a model of the whole depth."""
+        if not self._short:
+            return recorder.events
+        depth = self._model_config.num_hidden_layers
+        events = deepened(recorder.events, layers or recorder.layers, depth)
+        if events is None:
+            raise _UnlikeError
+        return events
 
-    def step(self, optimizer, *args, **kwargs):
-        return optimizer.step(*args, **kwargs)
-
-
-def wave(config: Config) -> tuple[int, int]:
-    """Problems, and rows of each, in the largest wave of the sampler."""
-    r, most = config.rollout, config.memory.rollout_batch_size
-    if r.num_generations >= most:
-        return 1, most
-    return min(r.problems_per_step, most // r.num_generations), r.num_generations
-
-
-def fullest(config: Config) -> list[list[tuple[int, list[int]]]]:
-    """The shapes of a full micro-batch, ((prompt tokens, completion lengths), ...) each: with the
-    longest completions, and with the most.
-    """
-    r, budget = config.rollout, config.memory.micro_batch_tokens
-    prompt, longest = r.max_prompt_length, r.max_completion_length - 1  # in trunk tokens
-    shapes, room = [[]], budget
-    for _ in range(r.problems_per_step):
-        if room <= prompt and shapes[0]:
-            break
-        room -= prompt
-        lengths = []
-        for _ in range(r.num_generations):
-            # A completion that fits nowhere is a micro-batch of its own, whatever its length.
-            take = longest if not (lengths or shapes[0]) else min(longest, room)
-            if take <= 0 and lengths:
-                break
-            lengths.append(max(take, 0) + 1)
-            room -= max(take, 0)
-        shapes[0].append((prompt, lengths))
-    groups = min(r.problems_per_step, budget // (prompt + r.num_generations))
-    if groups:
-        rows = groups * r.num_generations
-        take = min(longest, (budget - groups * prompt) // rows)
-        most = [(prompt, [take + 1] * r.num_generations)] * groups
-        if most != shapes[0]:
-            shapes.append(most)
-    return shapes
-
-
-def trace_phases(config: Config, model_config, card, *, dtype: torch.dtype, attention: str):
-    """Run loading and two steps without values as on `card` (see `rules.Card`) -> Traced.
-
-    Raises ModelError for an architecture that the packed forward pass does not take.
-    """
-    rules = CudaRules(card)
-    problems, rows = wave(config)
-    shapes = fullest(config)
-    if len(shapes) == 1:  # a second one meets the gradients that the first left
-        shapes *= 2
-    groups = [_groups(shape) for shape in shapes]
-    model = without_weights(model_config, dtype, adapter_settings(config))
-    with _Reads(rules, rows), Recorder(device_type=DEVICE, rules=rules) as recorder:
-        with recorder.phase("load"):
-            policy = skeleton_policy(
+    def _load(self) -> _Part:
+        model_config = shortened(self._model_config) if self._short else self._model_config
+        model = without_weights(model_config, self._dtype, adapter_settings(self._config))
+        self._policy = None
+        with self._recorder() as recorder, recorder.phase("load"):
+            self._policy = skeleton_policy(
                 model,
-                device=DEVICE,
-                dtype=dtype,
-                attention=attention,
-                tile_tokens=config.memory.logits_tile_tokens,
-                tile_vocab=config.memory.logits_tile_vocab,
+                device=self._device,
+                dtype=self._dtype,
+                attention=self._attention,
+                tile_tokens=1,
+                tile_vocab=1,
             )
-            recorder.name(policy.model)
+            recorder.name(self._policy.model)
+            weights = len(recorder.events)
+            self._values.number = 0.0  # the difference between packed and plain logits
+            check_forward(self._policy, self._config.model.name)
+            self._values.number = 1.0
+        layers = _layers_by_name(recorder.events[:weights]) + recorder.layers[weights:]
+        events = self._deep(recorder, layers)
+        return _Part(events, recorder.workspaces, kept=add_up(events).final_allocated)
+
+    def _roll_out(self, name: str, wave: Wave, places: int | None) -> _Part:
+        self._values.rows_per_problem = wave.rows
+        with _refused(self._policy), self._recorder() as recorder, recorder.phase(name):
+            decode(self._policy, wave, self._config.rollout, recorder, places)
+        return _Part(self._deep(recorder), recorder.workspaces)
+
+    def _score(
+        self,
+        batches: tuple[Batch, ...],
+        beta: float,
+        checkpointing: bool,
+        offloading: bool,
+        tile_tokens: int,
+        tile_vocab: int,
+        few: bool,
+    ) -> _Part:
+        """Reference and update."""
+        policy, config = self._policy, self._config
+        policy.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
+        groups = [groups_of(batch) for batch in batches]
+        scoring = (FewTiles if few else Scoring)(config.rollout.temperature, (0,))
+        scaler = torch.amp.GradScaler("cpu") if self._dtype == torch.float16 else None
         parameters = list(policy.adapter_parameters().values())
-        loaded = len(recorder.events)
-        try:
-            with recorder.phase("rollout"):
-                _roll_out(policy, config, problems, rows)
-            batches = _score_and_accumulate(policy, config, groups, recorder)
-        except (NotImplementedError, AttributeError, TypeError) as error:
-            # What is passed to the attention, or asked of it, is this architecture's own affair.
-            kind, reason = type(policy.causal_lm).__name__, str(error).strip().splitlines()[0]
-            raise ModelError(f"{kind} is not supported: {reason}") from error
-        before = len(recorder.events)
-        for parameter in parameters:
-            parameter.grad = None
-    events, freed = recorder.events[:before], recorder.events[before:]
-    shapes_of = [parameter.shape for parameter in parameters]
-    optimizer, moments = _trace_optimizer(shapes_of, config, rules, half=dtype == torch.float16)
-    step = events[loaded:] + _spliced(optimizer, [event.id for event in freed])
-    return Traced(
-        events[:loaded] + step + _again(step),
-        [(batch.tokens, len(batch.members)) for batch in batches],
-        sum(event.size for event in freed),  # a gradient is as long as its parameter
-        moments,
-    )
-
-
-def _score_and_accumulate(policy, config: Config, groups, recorder) -> list[PackedBatch]:
-    """Reference and update with full micro-batches."""
-    scoring = Scoring(config.rollout.temperature, (0,))
-    scaler = torch.amp.GradScaler("cpu") if policy.dtype == torch.float16 else None
-    if config.grpo.beta:
-        with recorder.phase("reference"):
-            score_reference(policy, _pack(groups, config), scoring)
-    with recorder.phase("update"):
-        batches = _pack(groups, config)
-        accumulate(
-            policy,
-            batches,
-            scoring,
-            epsilon=config.grpo.epsilon,
-            epsilon_high=config.grpo.epsilon_high or config.grpo.epsilon,
-            beta=config.grpo.beta,
-            checkpointing=config.memory.gradient_checkpointing,
-            loss_scale=scaler.scale if scaler is not None else None,
+        with _refused(policy), self._recorder() as recorder:
+            if self._cuda:  # on a CPU the host's copies are the device's as well
+                policy.buffers = CountedBuffers(recorder)
+            if beta:
+                with recorder.phase("reference"):
+                    score_reference(policy, packed(groups), scoring)
+            with recorder.phase("update"):
+                accumulate(
+                    policy,
+                    packed(groups),
+                    scoring,
+                    epsilon=config.grpo.epsilon,
+                    epsilon_high=config.grpo.upper_epsilon,
+                    beta=beta,
+                    checkpointing=checkpointing,
+                    offloading=offloading,
+                    loss_scale=scaler.scale if scaler is not None else None,
+                )
+            done = len(recorder.events)
+            for parameter in parameters:
+                parameter.grad = None
+        shapes = {
+            event.id: parameter.shape
+            for event, parameter in zip(recorder.events[done:], parameters, strict=True)
+        }
+        events, pinned = _without_host(self._deep(recorder))
+        ends = [e for e in events if e.action == "free" and base_id(e.id) in shapes]
+        self._shapes = [shapes[base_id(event.id)] for event in ends]
+        return _Part(
+            events[: len(events) - len(ends)],
+            recorder.workspaces,
+            tuple(event.id for event in ends),
+            sum(event.size for event in ends),  # a gradient is as long as its parameter
+            pinned,
         )
-    return batches
+
+    def _step(self) -> _Part:
+        """The optimizer's first step. On fake tensors: torch has no foreach kernels for meta ones.
+        Needs the shapes that scoring has found.
+        """
+        o = self._config.optimizer
+        mode = FakeTensorMode() if self._cuda else self._fake
+        how = {**self._recorded, "device_type": "cpu"}
+        with mode, self._values, Recorder(**how) as recorder:
+            parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in self._shapes]
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            known = [event.id for event in recorder.events]
+            optimizer = _optimizer(parameters, self._config)
+            with recorder.phase("optimizer"):
+                apply_update(
+                    parameters,
+                    optimizer,
+                    learning_rate=o.learning_rate,
+                    max_grad_norm=o.max_grad_norm,
+                    scaler=Scaler("cpu") if self._dtype == torch.float16 else None,
+                )
+            state = [
+                value.numel() * value.element_size()
+                for parameter in parameters
+                for value in optimizer.state[parameter].values()
+                if isinstance(value, torch.Tensor)
+            ]
+            made = [event for event in recorder.events if event.phase == "optimizer"]
+        if self._cuda:
+            # AdamW counts its steps in a number for each parameter, which stays on the host.
+            counters = {e.id for e in made if e.size == COUNTER} - {
+                e.id for e in made if e.action == "free"
+            }
+            made = [event for event in made if event.id not in counters]
+        gradients = tuple(known[len(parameters) :])
+        return _Part(made, recorder.workspaces, gradients, sum(state))
 
 
-def _trace_optimizer(
-    shapes, config: Config, rules, *, half: bool
-) -> tuple[tuple[list[Event], list[int]], int]:
-    """The optimizer's first step over parameters of these shapes: ((events, ids of the gradients),
-    bytes of its state). On fake tensors: torch has no foreach kernels for meta ones.
+def _together(parts: list[_Part], score: _Part, optimizer: _Part) -> list[Event]:
+    """The parts' events one after another; a workspace is made once, gradients go from one part to
+    the next, and cached memory is given back in between, as `train.py` does.
     """
-    with (
-        FakeTensorMode(),
-        _Reads(rules),
-        Recorder(device_type="cpu", rules=rules) as recorder,
-    ):
-        parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        known = [event.id for event in recorder.events]
-        optimizer = _optimizer(parameters, config)
-        with recorder.phase("optimizer"):
-            apply_update(
-                parameters,
-                optimizer,
-                learning_rate=config.optimizer.learning_rate,
-                max_grad_norm=config.optimizer.max_grad_norm,
-                scaler=_Scaler("cpu") if half else None,
-            )
-        state = [
-            value.numel() * value.element_size()
-            for parameter in parameters
-            for value in optimizer.state[parameter].values()
-            if isinstance(value, torch.Tensor)
+    events: list[Event] = []
+    seen: set[tuple[str, bool]] = set()
+    left: tuple[int, ...] = ()
+    for number, part in enumerate(parts):
+        first = number * PART
+        again = {id for key, id in part.workspaces.items() if key in seen}
+        seen |= part.workspaces.keys()
+        names = dict(zip(part.gradients, left, strict=True)) if part is optimizer else {}
+        events += [
+            event._replace(id=names.get(event.id, event.id + first))
+            for event in part.events
+            if event.id not in again
         ]
-        # AdamW counts its steps in a number for each parameter, which on CUDA stays on the host.
-        events = [event for event in recorder.events if event.id not in known[: len(shapes)]]
-    gradients = known[len(shapes) :]
-    made = [event for event in events if event.phase == "optimizer"]
-    return (made, gradients), sum(state)
+        if part is not score:  # whose gradients the optimizer needs at once
+            events.append(Event("empty_cache", phase=part.events[-1].phase))
+        if part is score:
+            left = tuple(id + first for id in part.gradients)
+    return events
 
 
-def _spliced(optimizer: tuple[list[Event], list[int]], gradients: list[int]) -> list[Event]:
-    """The optimizer's events in a trace in which the gradients have other ids."""
-    events, own = optimizer
-    names = dict(zip(own, gradients, strict=True))
-    # Ids of the two recorders count from 1; negative ones are free.
-    return [event._replace(id=names.get(event.id, -event.id)) for event in events]
+def _without_host(events: list[Event]) -> tuple[list[Event], int]:
+    """The events of the device alone, and the most bytes that lay on the host."""
+    host = [event for event in events if event.component == HOST]
+    if not host:
+        return events, 0
+    return [event for event in events if event.component != HOST], add_up(host).peak_allocated
 
 
 def _again(step: list[Event]) -> list[Event]:
     """The step once more. What it left alive (moments, workspaces) is found, not made again."""
     ended = {event.id for event in step if event.action == "free"}
     made = {event.id for event in step if event.action == "alloc"} & ended
-    number = 1 << 40
-    return [event._replace(id=event.id + number) for event in step if event.id in made]
+    return [
+        event._replace(id=event.id + STEP) if event.id else event
+        for event in step
+        if event.id in made or event.action == "empty_cache"
+    ]
 
 
-def _roll_out(policy, config: Config, problems: int, rows: int) -> None:
-    """The sampler's loop for the largest wave, with some of its tokens; see rollout/sampler.py."""
-    r, device = config.rollout, policy.device
-    sampling = Sampling(
-        temperature=r.temperature,
-        min_completion_length=r.min_completion_length,
-        max_completion_length=r.max_completion_length,
-    )
-    lengths = [r.max_prompt_length] * problems
-    last = max(r.max_completion_length - 1, 1)
-    with policy.as_sampler():
-        cache = WaveCache(lengths, [rows] * problems, last, device)
-        uniforms_RC = torch.empty(
-            problems * rows, r.max_completion_length, dtype=torch.float64, device=device
-        )
-        layout = Prefill(cache, policy.layout([(length, ()) for length in lengths]))
-        ids_T = torch.empty(sum(lengths), dtype=torch.int64, device=device)
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
-        hidden_RD = policy.hidden(ids_T, positions_T, layout)[last_B][cache.problem_R]
-        for t in _tokens(last):
-            logits_RV = policy.logits(hidden_RD)
-            if t < sampling.min_completion_length:
-                logits_RV[:, [0]] = -torch.inf
-            tokens_R, _ = choose(logits_RV, uniforms_RC[:, t], sampling)
-            if t == r.max_completion_length - 1:
-                break
-            cache.tokens = t
-            hidden_RD = policy.hidden(tokens_R, cache.positions(), cache)
-            cache.advance()
-
-
-def _tokens(last: int) -> list[int]:
-    """Tokens to decode at: the first, some on the way (what is kept of them by the allocator
-    counts), and the last ones.
+def _layers_by_name(events: list[Event]) -> list[int]:
+    """The layers that were being loaded. What has no name is the 16-bit form of the weight that
+    comes next.
     """
-    between = [round(last * i / DECODED) for i in range(1, DECODED)]
-    return sorted({0, *between, last - 1, last})
+    made, found, following = {}, [], OUTSIDE
+    for event in reversed(events):
+        if event.action == "alloc":
+            following = layer_number(event.module) if event.module else following
+            made[event.id] = following
+    for event in events:
+        found.append(made[event.id])
+    return found
 
 
-def _groups(shape) -> list[Group]:
-    problem = Problem("plan", ({"role": "user", "content": ""},), "")
-    groups = []
-    for prompt, lengths in shape:
-        rollouts = [Rollout([0] * n, [0.0] * n, "length", "") for n in lengths]
-        groups.append(Group(problem, [0] * prompt, rollouts, advantages=[1.0] * len(lengths)))
-    return groups
-
-
-def _pack(shapes: list[list[Group]], config: Config) -> list[PackedBatch]:
-    batches = []
-    for groups in shapes:
-        lengths = [len(rollout.completion_ids) for group in groups for rollout in group.rollouts]
-        longest = config.rollout.max_completion_length
-        batches += pack(
-            groups,
-            rollout_weights(lengths, config.grpo.loss_type, longest),
-            max_tokens=config.memory.micro_batch_tokens,
-            min_completion_length=config.rollout.min_completion_length,
-        )
-    return batches
+@contextlib.contextmanager
+def _refused(policy):
+    """What is passed to the attention, or asked of it, is an architecture's own affair."""
+    try:
+        yield
+    except (NotImplementedError, AttributeError, TypeError) as error:
+        kind, reason = type(policy.causal_lm).__name__, str(error).strip().splitlines()[0]
+        raise ModelError(f"{kind} is not supported: {reason}") from error
 
 
 def _optimizer(parameters, config: Config):

@@ -1,13 +1,15 @@
 """What a run's phases will take of a card, before anything is loaded.
 
-    events    the phases traced on tensors without values     memory/phases.py
-    bytes     the events through the simulated allocator      memory/simulate.py
+    settings  those that are "auto" are chosen to fit          memory/settle.py
+    events    the phases traced on tensors without values      memory/phases.py
+    bytes     the events through the simulated allocator       memory/simulate.py
     plan      each phase's peaks, and what is left of the card
 
 Three numbers are kept apart: allocated (tensors), reserved (what the allocator holds of the card
-for them) and device use (reserved plus the CUDA context, which is a range and an estimate).
+for them) and device use (reserved plus the CUDA context, which is a range and an estimate). On a
+CPU there is no such allocator: what is reserved is what is allocated.
 
-Left out: evaluation during training, and everything outside of this process except the desktop.
+Left out: everything outside of this process except the desktop.
 """
 
 from __future__ import annotations
@@ -18,47 +20,25 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.errors import ConfigError
-from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype
 from lowmem_grpo.memory.allocator import MIB, AllocatorSettings, Event
+from lowmem_grpo.memory.card import PlanCard, card_choices
 from lowmem_grpo.memory.components import COMPONENTS
-from lowmem_grpo.memory.phases import Traced, trace_phases, wave
-from lowmem_grpo.memory.simulate import Usage, simulate
+from lowmem_grpo.memory.phases import PHASES, Phases
+from lowmem_grpo.memory.shapes import Shapes, completions, longest, tokens
+from lowmem_grpo.memory.simulate import Usage, add_up, simulate
+from lowmem_grpo.memory.timeline import timeline
 from lowmem_grpo.policy.skeleton import read_model_config
-from lowmem_grpo.profiles import Profile
+from lowmem_grpo.setup import choose
 
-__all__ = ["CONTEXT_BYTES", "MemoryPlan", "PhasePlan", "PlanCard", "make_plan", "plan_card"]
+__all__ = ["MemoryPlan", "PhasePlan", "Planner"]
 
-# Published: 287 MB (CUDA 11.7, lazy loading) to 667 MB (without); 426 MiB on an RTX 6000 Ada with
-# torch 2.10. A range until it is measured on the card.
-CONTEXT_BYTES = (300 * MIB, 600 * MIB)
-PHASES = ("load", "rollout", "reference", "update", "optimizer")
 SETTINGS = (
     "lora.r", "lora.target_modules", "rollout.num_generations", "rollout.problems_per_step",
     "rollout.max_prompt_length", "rollout.max_completion_length", "grpo.beta", "optimizer.optim",
-    "memory.micro_batch_tokens", "memory.gradient_checkpointing", "memory.logits_tile_tokens",
-    "memory.logits_tile_vocab", "memory.rollout_batch_size",
+    "memory.micro_batch_tokens", "memory.gradient_checkpointing", "memory.activation_offloading",
+    "memory.logits_tile_tokens", "memory.logits_tile_vocab", "memory.rollout_batch_size",
+    "eval.batch_size",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanCard:
-    """A card to plan for: memory as CUDA reports it, and what the desktop takes of it, in bytes."""
-
-    name: str
-    memory_bytes: int
-    compute_capability: tuple[int, int]
-    desktop_bytes: int = 0
-    multiprocessors: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.memory_bytes <= 0:
-            raise ConfigError(f"a card of {self.memory_bytes} bytes: give its memory")
-
-    @property
-    def available_bytes(self) -> int:
-        """For the allocator: without the desktop, and with a CUDA context at its largest."""
-        return self.memory_bytes - self.desktop_bytes - CONTEXT_BYTES[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +63,7 @@ class MemoryPlan:
     phases: list[PhasePlan]
     peak_reserved_bytes: int
     host_bytes: int
+    timeline: dict[str, Any]
 
     @property
     def headroom_bytes(self) -> int:
@@ -90,8 +71,13 @@ class MemoryPlan:
         return self.card.available_bytes - self.peak_reserved_bytes
 
     @property
+    def host_missing_bytes(self) -> int:
+        """What the host lacks for what is moved there; 0 where it has it, or is not known."""
+        return max(0, self.host_bytes - (self.card.host_bytes or self.host_bytes))
+
+    @property
     def fits(self) -> bool:
-        return self.headroom_bytes >= 0
+        return self.headroom_bytes >= 0 and not self.host_missing_bytes
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -101,110 +87,160 @@ class MemoryPlan:
             "fits": self.fits,
             "settings": self.settings,
             "reasons": self.reasons,
-            "context_bytes": list(CONTEXT_BYTES),
+            "context_bytes": list(self.card.context_bytes),
             "phases": [dataclasses.asdict(phase) for phase in self.phases],
             "peak_reserved_bytes": self.peak_reserved_bytes,
             "headroom_bytes": self.headroom_bytes,
             "host_bytes": self.host_bytes,
             "method": "trace",
+            "timeline": self.timeline,
         }
 
     def verdict(self) -> str:
         """One sentence for a person."""
         # By what is allocated: reserved memory only grows, and is all phases' in the end.
         peak = max(self.phases, key=lambda phase: phase.peak_allocated_bytes)
-        which = f"{_gib(self.peak_reserved_bytes)} reserved at the peak, mostly for {peak.name}"
+        kind = "reserved" if self.card.cuda else "allocated"
+        which = f"{_gib(self.peak_reserved_bytes)} {kind} at the peak, mostly for {peak.name}"
         rest = f"{self.card.name} has {_gib(max(self.card.available_bytes, 0))} for it"
         if self.fits:
             return f"Fits: {which}, {rest}, {_gib(self.headroom_bytes)} are left."
+        if self.headroom_bytes >= 0:
+            return (
+                f"Does not fit: {_gib(self.host_bytes)} of host memory would be pinned, "
+                f"{_gib(self.host_missing_bytes)} more than there is; lower "
+                "memory.micro_batch_tokens or --max-completion-length."
+            )
         return (
             f"Does not fit: {which}, {rest}, {_gib(-self.headroom_bytes)} are missing; lower "
             f"{_way_out(peak)}."
         )
 
 
-def plan_card(profile: Profile) -> PlanCard:
-    """The card of a profile. Raises ConfigError for one without a card (cpu)."""
-    if profile.memory_bytes is None or profile.compute_capability is None:
-        raise ConfigError(
-            f"profile {profile.name} has no card to plan for: give one with --profile NAME "
-            "(`lowmem-grpo profiles list`)"
+class Planner:
+    """Plans of one model on one card, for any shape and any memory settings of a run.
+
+    Raises ModelError for the model (`config.model.name`: see `read_model_config`), ConfigError for
+    settings that this card cannot run.
+    """
+
+    def __init__(self, config: Config, card: PlanCard, profile: str = ""):
+        self.card, self.profile = card, profile
+        self.model_config = read_model_config(config.model.name)
+        head_dim = getattr(self.model_config, "head_dim", None)
+        if card.cuda:
+            self.dtype, self.attention = card_choices(config, card, head_dim)
+        else:
+            on_host = config.settled({"model.device": "cpu"}, "no card")
+            _, chosen = choose(on_host)
+            self.dtype, self.attention = chosen["compute_dtype"], chosen["attention"]
+        backend = self.attention.value
+        self.phases = Phases(
+            config,
+            self.model_config,
+            card,
+            dtype=getattr(torch, self.dtype.value),
+            attention="torch_varlen" if backend == "flash_attn" else backend,
         )
-    return PlanCard(
-        profile.card["name"],
-        profile.memory_bytes,
-        profile.compute_capability,
-        profile.card.get("desktop_mib", 0) * MIB,
-    )
+
+    def plan(self, config: Config, shapes: Shapes | None = None, steps: int = 2) -> MemoryPlan:
+        """The plan of settings of which none is "auto" (see `memory/settle.py`), for the longest
+        shapes if none are given. In the second step the optimizer's moments are there from the
+        start.
+        """
+        shapes = shapes or longest(config)
+        traced = self.phases.trace(config, shapes, steps)
+        usage = self._simulated(traced.events)
+        settings = {
+            "model.compute_dtype": self.dtype.value,
+            "model.attention": self.attention.value,
+            **{key: value_of(config, key) for key in SETTINGS},
+        }
+        reasons = {key: config.sources.get(key, "default") for key in SETTINGS}
+        reasons["model.compute_dtype"] = self.dtype.reason
+        reasons["model.attention"] = self.attention.reason
+        reserved = usage.timeline.reserved if self.card.cuda else None
+        return MemoryPlan(
+            model=config.model.name,
+            profile=self.profile,
+            card=self.card,
+            settings=settings,
+            reasons=reasons | self._notes(shapes, config, usage),
+            phases=phase_plans(traced.events, usage),
+            peak_reserved_bytes=usage.peak_reserved,
+            host_bytes=traced.pinned_bytes + traced.adapter_bytes + traced.optimizer_bytes,
+            timeline=timeline(traced.events, usage.timeline.allocated, reserved),
+        )
+
+    def forget(self) -> None:
+        """Let go of the traces made so far: they take hundreds of megabytes."""
+        self.phases.forget()
+
+    def _simulated(self, events: list[Event]) -> Usage:
+        """Through an allocator on that card, which gives cached memory back before it is out of
+        memory: with the margin free, or without it; if that does not help, on a card without a
+        limit, to say how much is missing.
+        """
+        card = self.card
+        if not card.cuda:
+            return add_up(events)
+        for room in (card.available_bytes - card.margin_bytes, card.available_bytes):
+            if room > 0:
+                usage = simulate(events, AllocatorSettings(card_memory=room))
+                if usage.oom is None:
+                    return usage
+        return simulate(events)
+
+    def _notes(self, shapes: Shapes, config: Config, usage: Usage) -> dict[str, str]:
+        """What the numbers rest on, by the name of the number."""
+        card, wave = self.card, shapes.rollout
+        batches = "; ".join(
+            f"{tokens(batch)} tokens with {completions(batch)} completions"
+            for batch in shapes.batches
+        )
+        notes = {
+            "method": "loading and two steps traced on tensors without values, CUDA's hidden "
+            "allocations added by rules, replayed through a simulated allocator",
+            "context_bytes": "an estimate, from published figures: not measured on this card",
+            "load": "traced, with each 16-bit weight on the card while its 4-bit form is made",
+            "rollout": f"traced: {len(wave.prompts)} prompts of up to {max(wave.prompts)} tokens, "
+            f"{len(wave.prompts) * wave.rows} rows; decoded at a few places up to token "
+            f"{wave.tokens}",
+            "update": f"traced with full micro-batches: {batches}",
+            "host_bytes": "pinned buffers, and the copies of adapters and optimizer state that a "
+            "checkpoint makes; Python and torch themselves are not counted",
+        }
+        if not card.cuda:
+            notes["method"] = (
+                "loading and two steps traced on tensors without values, added up: on a CPU what "
+                "libraries allocate inside their kernels is not seen"
+            )
+            notes["context_bytes"] = "an estimate for Python and its libraries"
+        elif card.multiprocessors is None:
+            notes["workspace"] = (
+                "the number of multiprocessors is not known: 4-bit products of few rows count as "
+                "dequantised, which takes more"
+            )
+        if self.attention.value == "flash_attn":
+            notes["attention"] = "traced as torch_varlen, which has the same kernels"
+        if card.desktop_bytes:
+            desktop = card.desktop_bytes // MIB
+            notes["headroom_bytes"] = (
+                f"less {desktop} MiB for a desktop, and a context at its largest"
+            )
+        if usage.retries:
+            notes["peak_reserved_bytes"] = (
+                f"cached memory must be given back {usage.retries} times to fit, which costs time"
+            )
+        if config.optimizer.optim != "adamw_torch":
+            notes["optimizer"] = (
+                "8-bit moments by rule: bitsandbytes refuses tensors without values"
+            )
+        return notes
 
 
-def make_plan(config: Config, card: PlanCard, profile: str = "") -> MemoryPlan:
-    """The plan of a run (`config.model.name`: see `read_model_config`) on a card.
-
-    Raises ModelError for the model, ConfigError for settings that this card cannot run.
-    """
-    model_config = read_model_config(config.model.name)
-    dtype, attention = _choices(config, card, getattr(model_config, "head_dim", None))
-    backend = "torch_varlen" if attention.value == "flash_attn" else attention.value
-    traced = trace_phases(
-        config, model_config, card, dtype=getattr(torch, dtype.value), attention=backend
-    )
-    usage = _simulated(traced.events, card)
-    settings = {
-        "model.compute_dtype": dtype.value,
-        "model.attention": attention.value,
-        **{key: _value(config, key) for key in SETTINGS},
-    }
-    reasons = {key: config.sources.get(key, "default") for key in SETTINGS}
-    reasons |= {"model.compute_dtype": dtype.reason, "model.attention": attention.reason}
-    return MemoryPlan(
-        model=config.model.name,
-        profile=profile,
-        card=card,
-        settings=settings,
-        reasons=reasons | _notes(config, card, attention.value, traced, usage),
-        phases=_phases(traced.events, usage),
-        peak_reserved_bytes=usage.peak_reserved,
-        host_bytes=traced.adapter_bytes + traced.optimizer_bytes,
-    )
-
-
-def _choices(config: Config, card: PlanCard, head_dim: int | None) -> tuple[Choice, Choice]:
-    """Compute dtype and attention backend as `train` would choose them on that card."""
-    machine = Machine(
-        device_type="cuda",
-        name=card.name,
-        memory_bytes=card.memory_bytes,
-        compute_capability=card.compute_capability,
-        cpu_name="",
-        cpu_threads=0,
-        host_memory_bytes=0,
-        bf16_cpu=None,
-        # A package that is asked for is taken to be installed there.
-        versions={"flash_attn": "?"} if config.model.attention == "flash_attn" else {},
-    )
-    dtype = choose_compute_dtype(machine, config.model.compute_dtype)
-    wanted = config.model.attention
-    attention = choose_attention(machine, dtype.value, wanted, head_dim=head_dim)
-    if wanted == "auto" and attention.value == "torch_varlen":
-        attention = Choice("torch_varlen", "flash attention, which compute capability 8.0 has")
-    return dtype, attention
-
-
-def _simulated(events: list[Event], card: PlanCard) -> Usage:
-    """Through an allocator on that card, which gives cached memory back before it is out of
-    memory; if that does not help, on a card without a limit, to say how much is missing.
-    """
-    outside = card.desktop_bytes + CONTEXT_BYTES[1]
-    if outside < card.memory_bytes:
-        settings = AllocatorSettings(card_memory=card.memory_bytes, outside_bytes=outside)
-        usage = simulate(events, settings)
-        if usage.oom is None:
-            return usage
-    return simulate(events)
-
-
-def _phases(events: list[Event], usage: Usage) -> list[PhasePlan]:
+def phase_plans(events: list[Event], usage: Usage) -> list[PhasePlan]:
+    """Each phase's peaks, and what was alive at the first of them."""
     allocated, reserved = usage.timeline
     peak_at: dict[str, int] = {}
     peak_reserved: dict[str, int] = {}
@@ -219,7 +255,8 @@ def _phases(events: list[Event], usage: Usage) -> list[PhasePlan]:
         # The difference is a block's size, which is what counts, and not the bytes asked for.
         if event.action == "alloc":
             owner[event.id] = event.component
-        live[owner[event.id]] += allocated[place] - before
+        if event.action != "empty_cache":
+            live[owner[event.id]] += allocated[place] - before
         before = allocated[place]
         if place in wanted:
             found[wanted[place]] = dict(live)
@@ -230,57 +267,23 @@ def _phases(events: list[Event], usage: Usage) -> list[PhasePlan]:
     ]
 
 
-def _notes(config, card: PlanCard, attention: str, traced: Traced, usage: Usage) -> dict[str, str]:
-    """What the numbers rest on, by the name of the number."""
-    problems, rows = wave(config)
-    shapes = "; ".join(
-        f"{tokens} tokens with {completions} completions" for tokens, completions in traced.batches
-    )
-    notes = {
-        "method": "loading and two steps traced on tensors without values, CUDA's hidden "
-        "allocations added by rules, replayed through a simulated allocator",
-        "context_bytes": "an estimate, from published figures: not measured on this card",
-        "load": "traced, with each 16-bit weight on the card while its 4-bit form is made",
-        "rollout": f"traced: {problems} prompts of {config.rollout.max_prompt_length} tokens, "
-        f"{problems * rows} rows; decoded at a few places up to token "
-        f"{config.rollout.max_completion_length}",
-        "update": f"traced with full micro-batches: {shapes}",
-        "host_bytes": "the copies of adapters and optimizer state that a checkpoint makes; "
-        "Python and torch themselves are not counted",
-    }
-    if card.multiprocessors is None:
-        notes["workspace"] = (
-            "the number of multiprocessors is not known: 4-bit products of few rows count as "
-            "dequantised, which takes more"
-        )
-    if attention == "flash_attn":
-        notes["attention"] = "traced as torch_varlen, which has the same kernels"
-    if card.desktop_bytes:
-        desktop = card.desktop_bytes // MIB
-        notes["headroom_bytes"] = f"less {desktop} MiB for a desktop, and a context at its largest"
-    if usage.retries:
-        notes["peak_reserved_bytes"] = (
-            f"cached memory must be given back {usage.retries} times to fit, which costs time"
-        )
-    if config.optimizer.optim != "adamw_torch":
-        notes["optimizer"] = "8-bit moments by rule: bitsandbytes refuses tensors without values"
-    return notes
+def value_of(config: Config, key: str) -> Any:
+    """The value of "section.key"."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def _way_out(peak: PhasePlan) -> str:
     largest = max((n for n in COMPONENTS if n != "base_weights"), key=peak.components.__getitem__)
     if peak.components["base_weights"] > sum(peak.components.values()) / 2:
         return "the size of the model"
+    if peak.name == "evaluation":
+        return "eval.batch_size or eval.max_completion_length"
     if peak.name == "rollout":
         return "memory.rollout_batch_size or --max-completion-length"
     if largest == "logits":
         return "memory.logits_tile_tokens or memory.logits_tile_vocab"
     return "memory.micro_batch_tokens or --max-completion-length"
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _gib(size: int) -> str:

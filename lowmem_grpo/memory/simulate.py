@@ -91,3 +91,20 @@ def simulate(events: Iterable[Event], settings: AllocatorSettings | None = None)
         oom,
         oom_event,
     )
+
+
+def add_up(events: Iterable[Event]) -> Usage:
+    """The running sum of a trace's bytes: a device without a caching allocator, such as a CPU, on
+    which what is allocated is what is reserved.
+    """
+    live: dict[int, int] = {}
+    sums, total = array("q"), 0
+    for event in events:
+        if event.action == "alloc":
+            live[event.id] = event.size
+            total += event.size
+        elif event.action == "free":
+            total -= live.pop(event.id)
+        sums.append(total)
+    peak = max(sums, default=0)
+    return Usage(peak, peak, total, total, Timeline(sums, sums), 0, 0)

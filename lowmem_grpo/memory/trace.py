@@ -29,7 +29,7 @@ import contextlib
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import count
 
 import torch
@@ -40,7 +40,11 @@ from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.backward import ACCUMULATING, OF_NO_ORDER, is_accumulation, running_node
 from lowmem_grpo.memory.components import component, kept_component, named_tensors
 
-__all__ = ["Recorder", "named_tensors", "phase", "trace"]
+__all__ = ["OUTSIDE", "Recorder", "layer_number", "named_tensors", "phase", "trace"]
+
+
+OUTSIDE = -1
+"""The layer of what happens outside of all layers."""
 
 
 class _Live:
@@ -59,6 +63,10 @@ class _Live:
 class Recorder:
     """A context manager that fills `events` with what happens on the device inside it.
 
+    `layers` says for each event which numbered layer of the model was at work, `OUTSIDE` for none
+    and while `of_no_layer` is set.
+    `workspaces` has the id of each library's workspace by (rule, whether of backward's thread).
+
     `modules`: the model whose module names the events carry. `device_type`: record tensors of that
     kind of device ("cpu", "cuda") only; None: all but meta tensors. `rules`: what a CUDA card
     allocates out of sight (`memory.rules.CudaRules`); leave it out to trace a real run.
@@ -68,6 +76,9 @@ class Recorder:
 
     def __init__(self, *, modules: torch.nn.Module | None = None, device_type=None, rules=None):
         self.events: list[Event] = []
+        self.layers: list[int] = []
+        self.of_no_layer = False
+        self.workspaces: dict[tuple[str, bool], int] = {}
         self._device_type, self._rules = device_type, rules
         self._phase = ""
         self._ids = count(1)
@@ -76,7 +87,7 @@ class Recorder:
         self._names: dict[int, str] = {}  # of modules and parameters, by identity
         self._inside: set[str] = set()  # modules within a layer
         self._added: dict[int, int] = {}  # places of what `add` counted
-        self._workspaces: set[tuple[str, bool]] = set()
+        self._at = OUTSIDE
         # Modules whose forward is running: (name, whether it began within backward).
         self._running: list[tuple[str, bool]] = []
         # From this sequence number on, autograd nodes were made in the module of that name.
@@ -139,19 +150,20 @@ class Recorder:
         """Count memory that no tensor shows; returns what `remove` takes."""
         number = next(self._ids)
         self._added[number] = len(self.events)
-        self.events.append(Event("alloc", number, size, 0, self._phase, module, component))
+        self._note(Event("alloc", number, size, 0, self._phase, module, component))
         return number
 
     def remove(self, number: int) -> None:
         """The end of what `add` counted."""
         event = self.events[self._added.pop(number)]
-        self.events.append(event._replace(action="free", phase=self._phase))
+        self._note(event._replace(action="free", phase=self._phase))
 
     # --- What operations allocate
 
     def _operation(self, operation, before: dict[int, int], args, kwargs, out) -> None:
         """Record what `operation` returned; `before`: bytes of its arguments' storages."""
         module = self._module()
+        self._at = layer_number(module)
         rules = self._rules
         scratch = rules.scratch(operation, args, kwargs) if rules is not None else None
         held = self._hidden(scratch.rule, scratch.held, module) if scratch else []
@@ -192,7 +204,7 @@ class Recorder:
         watch = weakref.ref(storage, partial(self._ended, address))
         number = next(self._ids)
         self._live[address] = live = _Live(size, len(self.events), watch)
-        self.events.append(Event("alloc", number, size, 0, phase, module, what))
+        self._note(Event("alloc", number, size, 0, phase, module, what))
         if self._running:
             self._young.append(live)
 
@@ -204,15 +216,18 @@ class Recorder:
         heir = live.heir
         since = self.events[heir.place + 1 :] if heir else ()
         if heir and not heir.ended and all(event.action == "free" for event in since):
-            del self.events[heir.place]
+            del self.events[heir.place], self.layers[heir.place]
             heir.place = live.place
         else:
             self._free(live)
 
     def _free(self, live: _Live) -> None:
         live.ended = True
-        event = self.events[live.place]
-        self.events.append(event._replace(action="free", phase=self._phase))
+        self._note(self.events[live.place]._replace(action="free", phase=self._phase))
+
+    def _note(self, event: Event) -> None:
+        self.events.append(event)
+        self.layers.append(OUTSIDE if self.of_no_layer else self._at)
 
     def _hidden(self, rule: str, sizes: Iterable[int], module: str) -> list[Event]:
         """Record what a rule adds."""
@@ -220,18 +235,19 @@ class Recorder:
         made = [
             Event("alloc", next(self._ids), size, 0, self._phase, module, what) for size in sizes
         ]
-        self.events += made
+        for event in made:
+            self._note(event)
         return made
 
     def _free_hidden(self, made: Iterable[Event]) -> None:
-        self.events += [event._replace(action="free") for event in made]
+        for event in made:
+            self._note(event._replace(action="free"))
 
     def _workspace(self, rule: str, size: int, module: str) -> None:
         """A library's workspace: made at its first use on a thread, and kept for good."""
         key = rule, running_node() is not None  # on CUDA, backward runs on a thread of its own
-        if size and key not in self._workspaces:
-            self._workspaces.add(key)
-            self._hidden(rule, [size], module)
+        if size and key not in self.workspaces:
+            self.workspaces[key] = self._hidden(rule, [size], module)[0].id
 
     def _counts(self, tensor: torch.Tensor) -> bool:
         kind = tensor.device.type
@@ -258,10 +274,12 @@ class Recorder:
             if in_backward:
                 self._name_kept(recomputed=True)
         self._running.append((self._names.get(id(module), inherited), in_backward))
+        self._at = layer_number(self._running[-1][0])
         self._mark()
 
     def _end_module(self, module, args, output) -> None:
         _, in_backward = self._running.pop()
+        self._at = layer_number(self._running[-1][0]) if self._running else OUTSIDE
         self._mark()
         if not self._running:
             if not in_backward:
@@ -360,6 +378,12 @@ def trace(
         for _ in range(iterations):
             step()
     return recorder.events
+
+
+@cache
+def layer_number(module: str) -> int:
+    """The number of the layer that a module's dotted name lies in; OUTSIDE for none."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), OUTSIDE)
 
 
 def _tensors(values) -> Iterator[torch.Tensor]:

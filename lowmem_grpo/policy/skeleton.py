@@ -159,11 +159,16 @@ def _fill(model, device: str, dtype: torch.dtype) -> None:
             module._parameters[name] = made[id(tensor)]
         for name, tensor in module._buffers.items():
             if tensor is not None:
-                module._buffers[name] = torch.empty_like(tensor, device=device)
+                module._buffers[name] = _empty(tensor, device)
 
 
 def _like(parameter, device: str) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+    return torch.nn.Parameter(_empty(parameter, device), parameter.requires_grad)
+
+
+def _empty(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    # Not `empty_like`: a FakeTensorMode takes no real tensors, which these on meta are.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def _quantised(layer, device: str, dtype: torch.dtype) -> torch.nn.Parameter:

@@ -1,0 +1,118 @@
+"""What a plan is made for: a card by its figures, or the memory of this host."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype
+from lowmem_grpo.memory.allocator import MIB
+from lowmem_grpo.profiles import Profile
+
+__all__ = [
+    "CONTEXT_BYTES", "HOST_CONTEXT_BYTES", "MARGIN", "PlanCard", "card_choices", "machine_card",
+    "plan_card",
+]  # fmt: skip
+
+# Published: 287 MB (CUDA 11.7, lazy loading) to 667 MB (without); 426 MiB on an RTX 6000 Ada with
+# torch 2.10. A range until it is measured on the card.
+CONTEXT_BYTES = (300 * MIB, 600 * MIB)
+# Python with torch's CPU build and transformers: 0.7 GiB resident when a tiny model is loaded; what
+# malloc keeps of freed memory is not bounded by anything.
+HOST_CONTEXT_BYTES = (600 * MIB, 1200 * MIB)
+MARGIN = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCard:
+    """A card to plan for: memory as CUDA reports it, and what the desktop takes of it, in bytes.
+
+    Without a compute capability it is a CPU, and the memory is the host's. `host_bytes` is the host
+    memory beside a card, None where the plan is for another machine.
+    """
+
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int] | None
+    desktop_bytes: int = 0
+    multiprocessors: int | None = None
+    host_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes <= 0:
+            raise ConfigError(f"a card of {self.memory_bytes} bytes: give its memory")
+
+    @property
+    def cuda(self) -> bool:
+        return self.compute_capability is not None
+
+    @property
+    def context_bytes(self) -> tuple[int, int]:
+        """What is taken before the first tensor: from, to."""
+        return CONTEXT_BYTES if self.cuda else HOST_CONTEXT_BYTES
+
+    @property
+    def available_bytes(self) -> int:
+        """For the tensors: without the desktop, and with a context at its largest."""
+        return self.memory_bytes - self.desktop_bytes - self.context_bytes[1]
+
+    @property
+    def margin_bytes(self) -> int:
+        """What the plan's own choices leave free: as much as a prediction may be off by."""
+        return int(MARGIN * self.memory_bytes)
+
+
+def plan_card(profile: Profile, machine: Machine) -> PlanCard:
+    """The card of a profile; where it has none (cpu), `machine`'s memory. `machine` also says how
+    much host memory there is, where its device is of the profile's kind.
+    """
+    if profile.memory_bytes is None or profile.compute_capability is None:
+        return PlanCard(machine.cpu_name, machine.host_memory_bytes, None)
+    return PlanCard(
+        profile.card["name"],
+        profile.memory_bytes,
+        profile.compute_capability,
+        profile.card.get("desktop_mib", 0) * MIB,
+        profile.multiprocessors,
+        machine.host_memory_bytes if machine.device_type == "cuda" else None,
+    )
+
+
+def machine_card(machine: Machine) -> PlanCard:
+    """The card of this machine, with what others hold of it now; or its host memory."""
+    if machine.device_type == "cpu":
+        return PlanCard(machine.cpu_name, machine.host_memory_bytes, None)
+    import torch
+
+    # Asking starts our own context, at its smallest as yet.
+    free, total = torch.cuda.mem_get_info(machine.device_index)
+    return PlanCard(
+        machine.name,
+        machine.memory_bytes,
+        machine.compute_capability,
+        max(0, total - free - CONTEXT_BYTES[0]),
+        machine.multiprocessors,
+        machine.host_memory_bytes,
+    )
+
+
+def card_choices(config, card: PlanCard, head_dim: int | None) -> tuple[Choice, Choice]:
+    """Compute dtype and attention backend as `train` would choose them on that card."""
+    machine = Machine(
+        device_type="cuda",
+        name=card.name,
+        memory_bytes=card.memory_bytes,
+        compute_capability=card.compute_capability,
+        cpu_name="",
+        cpu_threads=0,
+        host_memory_bytes=0,
+        bf16_cpu=None,
+        # A package that is asked for is taken to be installed there.
+        versions={"flash_attn": "?"} if config.model.attention == "flash_attn" else {},
+    )
+    dtype = choose_compute_dtype(machine, config.model.compute_dtype)
+    wanted = config.model.attention
+    attention = choose_attention(machine, dtype.value, wanted, head_dim=head_dim)
+    if wanted == "auto" and attention.value == "torch_varlen":
+        attention = Choice("torch_varlen", "flash attention, which compute capability 8.0 has")
+    return dtype, attention

@@ -1,0 +1,60 @@
+"""Run the phases of a configuration for real on the device in use, beside their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_grpo.config import Config
+from lowmem_grpo.errors import PlanError
+from lowmem_grpo.hardware import detect
+from lowmem_grpo.memory.admit import admit
+from lowmem_grpo.memory.card import machine_card
+from lowmem_grpo.memory.measure import Gauge, alive, measure
+from lowmem_grpo.memory.shapes import longest
+from lowmem_grpo.memory.watch import compare
+from lowmem_grpo.setup import open_optimizer, open_policy
+
+__all__ = ["profile"]
+
+
+def profile(
+    config: Config,
+    *,
+    snapshot: Path | None = None,
+    steps: int = 2,
+    say: Callable[[str], None] = lambda text: None,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Any]:
+    """{"plan": ..., "measured": ..., "comparison": [...]} of loading and `steps` steps in the
+    longest shapes, as JSON values. `snapshot`: a file for CUDA's history of allocations.
+
+    Raises PlanError where the plan or the device says that it does not fit.
+    """
+    machine = detect(config.model.device)
+    config, plan, _ = admit(config, machine_card(machine), say)
+    gauge = Gauge(torch.device(machine.device), snapshot)
+    try:
+        with gauge:
+            with gauge.phase("load"):
+                policy = open_policy(config, say)
+            gauge.adopt(alive(policy), policy.model)
+            policy.release()
+            optimizer = open_optimizer(config, list(policy.adapter_parameters().values()))
+            shapes = longest(config)
+            measure(
+                policy, config, shapes, gauge, optimizer=optimizer, steps=steps, advance=advance
+            )
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            f"out of memory in {gauge.running}, though the plan fits: {str(error).splitlines()[0]}"
+        ) from error
+    measured = gauge.measured()
+    return {
+        "plan": plan.to_json(),
+        "measured": measured.to_json(),
+        "comparison": compare(plan, measured.peaks),
+    }

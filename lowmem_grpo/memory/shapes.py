@@ -1,0 +1,153 @@
+"""How large a step is: the shapes that decide its memory, of the longest step and of one that was.
+
+Shapes: numbers of tokens, as the model's trunk sees them (a completion of C tokens feeds C - 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lowmem_grpo.config import Config
+from lowmem_grpo.grpo.packing import PackedBatch, pack
+from lowmem_grpo.rollout.types import Group, Rollout
+from lowmem_grpo.tasks.base import Problem
+
+__all__ = [
+    "Shapes",
+    "Wave",
+    "completions",
+    "evaluation",
+    "fullest",
+    "groups_of",
+    "longest",
+    "met",
+    "packed",
+    "tokens",
+    "wave",
+]
+
+Batch = tuple[tuple[int, tuple[int, ...]], ...]
+"""((prompt tokens, (completion tokens, ...)), ...) of the groups in a micro-batch."""
+MOST_BATCHES = 4
+MOST_TOKENS = 1 << 62  # of a micro-batch whose shape is given
+
+
+class Wave(NamedTuple):
+    """Completions that are decoded together: prompts in tokens, rows of each, tokens to decode."""
+
+    prompts: tuple[int, ...]
+    rows: int
+    tokens: int
+    capacity: int
+    """Tokens of a completion that there is room for."""
+    greedy: bool = False
+
+
+class Shapes(NamedTuple):
+    """What a step holds at once. `evaluation` is None where the run has none."""
+
+    rollout: Wave
+    batches: tuple[Batch, ...]
+    evaluation: Wave | None = None
+
+
+def longest(config: Config) -> Shapes:
+    """The largest step that a run's settings allow."""
+    evaluated = evaluation(config) if config.eval.every else None
+    return Shapes(wave(config), fullest(config), evaluated)
+
+
+def met(groups: list[Group], batches: list[PackedBatch], config: Config) -> Shapes:
+    """The shapes of a step that was taken, as far as they matter."""
+    size = config.memory.rollout_batch_size
+    rows = min(len(groups[0].rollouts), size)
+    together = max(1, min(size // rows, len(groups)))
+    prompts = [len(group.prompt_ids) for group in groups]
+    start = max(range(0, len(groups), together), key=lambda at: sum(prompts[at : at + together]))
+    tokens = max(len(r.completion_ids) for group in groups for r in group.rollouts)
+    capacity = config.rollout.max_completion_length
+    rollout = Wave(tuple(prompts[start : start + together]), rows, tokens, capacity)
+    heaviest = sorted(batches, key=lambda batch: (-batch.tokens, -len(batch.members)))
+    return Shapes(rollout, tuple(_lengths(batch) for batch in heaviest[:MOST_BATCHES]))
+
+
+def wave(config: Config) -> Wave:
+    """The largest wave of the sampler, at its longest."""
+    r, most = config.rollout, config.memory.rollout_batch_size
+    rows = min(r.num_generations, most)
+    problems = min(r.problems_per_step, most // rows)
+    length = r.max_completion_length
+    return Wave((r.max_prompt_length,) * problems, rows, length, length)
+
+
+def evaluation(config: Config) -> Wave:
+    """The largest wave of an evaluation: every row has a problem of its own."""
+    e, r = config.eval, config.rollout
+    length = e.max_completion_length or r.max_completion_length
+    rows = min(e.num_problems, e.batch_size)
+    return Wave((r.max_prompt_length,) * rows, 1, length, length, greedy=True)
+
+
+def fullest(config: Config) -> tuple[Batch, ...]:
+    """Two full micro-batches: with the longest completions, and with the most.
+
+    Which one is heavier depends on the model: of the second, attention keeps a copy of the prompt's
+    keys and values for each completion.
+    """
+    r, budget = config.rollout, config.memory.micro_batch_tokens
+    prompt, longest = r.max_prompt_length, r.max_completion_length - 1  # in trunk tokens
+    first, room = [], budget
+    for _ in range(r.problems_per_step):
+        if room <= prompt and first:
+            break
+        room -= prompt
+        lengths = []
+        for _ in range(r.num_generations):
+            # A completion that fits nowhere is a micro-batch of its own, whatever its length.
+            take = longest if not (lengths or first) else min(longest, room)
+            if take <= 0 and lengths:
+                break
+            lengths.append(max(take, 0) + 1)
+            room -= max(take, 0)
+        first.append((prompt, tuple(lengths)))
+    first = tuple(first)
+    groups = min(r.problems_per_step, budget // (prompt + r.num_generations))
+    take = min(longest, (budget - groups * prompt) // (groups * r.num_generations)) if groups else 0
+    most = ((prompt, (take + 1,) * r.num_generations),) * groups
+    # Twice, if they are the same: a second one meets the gradients that the first left.
+    return first, most or first
+
+
+def groups_of(batch: Batch) -> list[Group]:
+    """Groups of these lengths, of tokens and log-probs that are all 0 and advantages that are 1."""
+    problem = Problem("plan", ({"role": "user", "content": ""},), "")
+    groups = []
+    for prompt, lengths in batch:
+        rollouts = [Rollout([0] * n, [0.0] * n, "length", "") for n in lengths]
+        groups.append(Group(problem, [0] * prompt, rollouts, advantages=[1.0] * len(lengths)))
+    return groups
+
+
+def packed(batches: list[list[Group]]) -> list[PackedBatch]:
+    """One micro-batch of each list of groups, whatever its size."""
+    found = []
+    for groups in batches:
+        rows = sum(len(group.rollouts) for group in groups)
+        found += pack(groups, [1.0 / rows] * rows, max_tokens=MOST_TOKENS)
+    return found
+
+
+def _lengths(batch: PackedBatch) -> Batch:
+    return tuple(
+        (prompt, tuple(length + 1 for length in lengths)) for prompt, lengths in batch.groups
+    )
+
+
+def tokens(batch: Batch) -> int:
+    """Trunk tokens of a micro-batch."""
+    return sum(prompt + sum(lengths) - len(lengths) for prompt, lengths in batch)
+
+
+def completions(batch: Batch) -> int:
+    """Completions in a micro-batch."""
+    return sum(len(lengths) for _, lengths in batch)

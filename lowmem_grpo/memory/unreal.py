@@ -1,0 +1,130 @@
+"""Running real code on tensors without values: what it reads of them is made up.
+
+Numbers that are read from the device (norms, losses, token ids) are ones. The rows of a wave are
+equally many for each problem, which is what a sampler's index arithmetic is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+
+import torch
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+from lowmem_grpo.grpo.update import Scoring
+from lowmem_grpo.policy.activations import HostBuffers
+
+__all__ = ["HOST", "CountedBuffers", "FewTiles", "Scaler", "Values"]
+
+HOST = "host"
+"""The component of what lies on the host."""
+
+
+class Values(TorchFunctionMode):
+    """Answers for values that fake and meta tensors do not have.
+
+    `rules`: what CUDA replaces (see `memory/rules.py`), None on a CPU. `rows_per_problem` and
+    `number`, which is what a single value is, may be set at any time.
+    """
+
+    def __init__(self, rules=None):
+        super().__init__()
+        self.rules, self.rows_per_problem, self.number = rules, 0, 1.0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.backward:
+            return self._backward(function, args, kwargs)
+        if function is torch.Tensor.item:
+            return self.number
+        if function is torch.Tensor.tolist:
+            return [1.0] * args[0].numel()  # of vectors only
+        if function is torch.Tensor.cpu:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        if function is torch.bincount:  # of problems: its length would depend on values
+            return torch.empty(kwargs["minlength"], dtype=torch.int64, device=args[0].device)
+        if function is torch.Tensor.repeat_interleave and isinstance(args[1], torch.Tensor):
+            return args[0].new_empty(args[0].numel() * self.rows_per_problem)
+        if function is torch.Tensor.__bool__:  # whether the plain forward has one sequence a row
+            return True
+        if function is torch.Tensor.__int__:
+            return self.rows_per_problem
+        return function(*args, **kwargs)
+
+    def _backward(self, function, args, kwargs):
+        """Modes are off while they are asked, and so for all of backward, which under checkpointing
+        computes the layers again: the outermost module puts them on, as they were in forward.
+        """
+        running: list[contextlib.ExitStack] = []
+
+        def before(module, args) -> None:
+            running.append(contextlib.ExitStack())
+            if len(running) == 1:
+                running[0].enter_context(self)
+                if self.rules is not None:
+                    running[0].enter_context(self.rules.replacements())
+
+        def after(module, args, output) -> None:
+            running.pop().close()
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(register_module_forward_pre_hook(before).remove)
+            hooks.callback(register_module_forward_hook(after, always_call=True).remove)
+            return function(*args, **kwargs)
+
+
+class Scaler(torch.amp.GradScaler):
+    """Takes every step: whether gradients overflowed is a value, too."""
+
+    def step(self, optimizer, *args, **kwargs):
+        return optimizer.step(*args, **kwargs)
+
+
+class FewTiles(Scoring):
+    """Scores the rows of two tiles of the head and of its last one; the others would take the same
+    memory once more, after those have given it back.
+    """
+
+    def __call__(self, policy, batch):
+        hidden_TD = policy.hidden(batch.input_ids_T, batch.positions_T, policy.layout(batch.groups))
+        hidden_ND = hidden_TD.index_select(0, batch.rows_N)
+        del hidden_TD
+        rows, tile = hidden_ND.shape[0], policy.tiles["tile_tokens"]
+        kept = slice(0, min(rows, 2 * tile + rows % tile))
+        logprobs, entropy = policy.score(
+            hidden_ND[kept],
+            batch.targets_N[kept],
+            temperature=self.temperature,
+            forbidden_ids=self.end_ids,
+            forbidden_N=batch.no_end_N[kept],
+        )
+        rest = 0, rows - logprobs.shape[0]
+        return torch.nn.functional.pad(logprobs, rest), torch.nn.functional.pad(entropy, rest)
+
+
+class CountedBuffers(HostBuffers):
+    """Tells a recorder how many bytes are on the host, and copies nothing."""
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def put(self, x: torch.Tensor):
+        return _OnHost(self.recorder, x.shape, x.dtype, x.numel() * x.element_size()), x.device
+
+    def take(self, kept) -> torch.Tensor:
+        host, device = kept
+        return torch.empty(host.shape, dtype=host.dtype, device=device)
+
+
+class _OnHost:
+    """Bytes that are on the host as long as this lives."""
+
+    def __init__(self, recorder, shape: torch.Size, dtype: torch.dtype, size: int):
+        self.shape, self.dtype = shape, dtype
+        number = recorder.add(size, component=HOST)
+        weakref.finalize(self, recorder.remove, number)

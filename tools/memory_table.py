@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""The longest completion that fits, by model and size of card, as a Markdown table: predictions.
+
+    python tools/memory_table.py [--model FILE ...] [--json]
+
+Every number is `plan --solve max_completion_length`: prompts of 512 tokens, G = 8, LoRA r 16 on all
+linear layers, AdamW in float32, memory settings on auto, and 600 MiB for a desktop. Where the
+model's window ends first, the number is the window less the prompt. Models are configurations
+alone. A line of notes says what each run needs beside the card. Takes about ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lowmem_grpo.config import build_config
+from lowmem_grpo.errors import PlanError
+from lowmem_grpo.memory.admit import solved
+from lowmem_grpo.memory.card import PlanCard
+from lowmem_grpo.memory.plan import Planner
+from lowmem_grpo.memory.settle import settle
+from lowmem_grpo.profiles import load_profile
+
+CONFIGS = Path(__file__).parents[1] / "tests/memory/configs"
+MODELS = ("qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "qwen3-14b", "qwen2.5-32b")
+MIB = 2**20
+DESKTOP = 600 * MIB
+EIGHT = PlanCard("8 GB", 7780 * MIB, (8, 9), DESKTOP, 24)  # a driver keeps some 5% of small cards
+PROFILES = ("rtx-3060-12gb", "rtx-4060ti-16gb", "rtx-4090-24gb")
+
+
+def cards() -> list[PlanCard]:
+    found = [EIGHT]
+    for name in PROFILES:
+        p = load_profile(name)
+        size = f"{p.card['memory_gib']} GB"
+        figures = p.memory_bytes, p.compute_capability, DESKTOP, p.multiprocessors
+        found.append(PlanCard(size, *figures))
+    return found
+
+
+def solve(model: Path, card: PlanCard) -> dict:
+    rollout = {"max_prompt_length": 512, "num_generations": 8}
+    config = build_config([("table", {"model": {"name": str(model)}, "rollout": rollout})])
+    planner = Planner(config, card)
+    row = {"model": model.stem, "card": card.name, "max_completion_length": None}
+    try:
+        config = solved(planner, config, "max_completion_length")
+    except PlanError:
+        return row
+    settled, plan = settle(planner, config)
+    window = planner.model_config.max_position_embeddings
+    length = settled.rollout.max_completion_length
+    return row | {
+        "max_completion_length": length,
+        "whole_window": length + 512 >= window,
+        "peak_reserved_bytes": plan.peak_reserved_bytes,
+        "host_bytes": plan.host_bytes,
+        **{key: plan.settings[key] for key in settled.chosen},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, action="append", help="a model's config.json")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, as they come")
+    options = parser.parse_args()
+    models = options.model or [CONFIGS / f"{name}.json" for name in MODELS]
+    columns = cards()
+    if not options.json:
+        print("| model | " + " | ".join(card.name for card in columns) + " |", flush=True)
+        print("|---" * (len(columns) + 1) + "|", flush=True)
+    for model in models:
+        rows = []
+        for card in columns:
+            rows.append(solve(model, card))
+            if options.json:
+                print(json.dumps(rows[-1]), flush=True)
+        if not options.json:
+            print(f"| {model.stem} | " + " | ".join(map(cell, rows)) + " |", flush=True)
+
+
+def cell(row: dict) -> str:
+    length = row["max_completion_length"]
+    if length is None:
+        return "none"
+    marks = " (window)" * row["whole_window"]
+    if row.get("memory.activation_offloading"):
+        marks += f", {row['host_bytes'] / 2**30:.1f} GiB on the host"
+    return f"{length:,}{marks}"
+
+
+if __name__ == "__main__":
+    main()
