@@ -114,7 +114,10 @@ class CountedBuffers(HostBuffers):
         self.recorder = recorder
 
     def put(self, x: torch.Tensor):
-        return _OnHost(self.recorder, x.shape, x.dtype, x.numel() * x.element_size()), x.device
+        size = x.numel() * x.element_size()
+        # torch's pinned allocator rounds up to a power of two (ATen/core/CachingHostAllocator.h).
+        rounded = 1 << max(size - 1, 0).bit_length()
+        return _OnHost(self.recorder, x.shape, x.dtype, rounded), x.device
 
     def take(self, kept) -> torch.Tensor:
         host, device = kept

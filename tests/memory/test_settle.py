@@ -125,7 +125,8 @@ def test_layers_inputs_move_to_the_host_when_nothing_else_helps(model):
     config, plan = settled(model, where, **long)
     assert plan.fits
     assert config.memory.activation_offloading is True
-    assert pinned < plan.host_bytes < 1.3 * pinned + 40 * MIB
+    rounded = LAYERS * 2 * MIB  # pinned memory comes in powers of two
+    assert pinned < rounded <= plan.host_bytes < rounded + 42 * MIB
     assert phase(plan, "update").components["checkpoints"] < pinned / LAYERS * 2
     poor = dataclasses.replace(where, host_bytes=pinned // 2)
     _, plan = settled(model, poor, memory__activation_offloading=True, **long)
