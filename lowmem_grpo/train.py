@@ -223,8 +223,8 @@ def train(
         if stop.requested and state.step < config.run.steps:
             console.say(f"stopped by {stop.requested} after step {state.step}; --resume goes on")
             return STOPPED
-        watch.end()
         save_adapter(run / "adapter", policy, base_name)
+        watch.end()
         console.say(f"done: {state.step} steps, adapter in {run / 'adapter'}")
     return DONE
 

@@ -74,7 +74,7 @@ def plan_card(profile: Profile, machine: Machine) -> PlanCard:
         profile.compute_capability,
         profile.card.get("desktop_mib", 0) * MIB,
         profile.multiprocessors,
-        machine.host_memory_bytes if machine.device_type == "cuda" else None,
+        _host_room(machine) if machine.device_type == "cuda" else None,
     )
 
 
@@ -92,8 +92,13 @@ def machine_card(machine: Machine) -> PlanCard:
         machine.compute_capability,
         max(0, total - free - CONTEXT_BYTES[0]),
         machine.multiprocessors,
-        machine.host_memory_bytes,
+        _host_room(machine),
     )
+
+
+def _host_room(machine: Machine) -> int:
+    """What can be pinned: a tenth of the memory and a process at its largest are left alone."""
+    return max(0, machine.host_memory_bytes * 9 // 10 - HOST_CONTEXT_BYTES[1])
 
 
 def card_choices(config, card: PlanCard, head_dim: int | None) -> tuple[Choice, Choice]:

@@ -17,6 +17,9 @@ COMPONENTS = (
 )  # fmt: skip
 
 
+DECODING = ("rollout", "evaluation")
+
+
 def component(phase: str, module: str, rule: str = "") -> str:
     """What memory is for, when it is allocated. `rule`: the name of the rule that added it.
 
@@ -30,7 +33,7 @@ def component(phase: str, module: str, rule: str = "") -> str:
     if phase == "optimizer":
         return "optimizer"
     if not module:
-        return "logits" if phase in ("rollout", "reference", "update") else "other"
+        return "logits" if phase in (*DECODING, "reference", "update") else "other"
     return "logits" if module.rpartition(".")[2] == "lm_head" else "activations"
 
 
@@ -41,7 +44,7 @@ def kept_component(phase: str, before: str, *, inside: bool, recomputed: bool) -
     modules in it). In a rollout, what stays inside is the cache. What backward finds outside, when
     it begins to compute a layer again, is the checkpoints.
     """
-    if before == "activations" and phase == "rollout" and inside:
+    if before == "activations" and phase in DECODING and inside:
         return "kv_cache"
     if before == "activations" and recomputed and not inside:
         return "checkpoints"

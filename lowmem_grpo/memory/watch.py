@@ -92,10 +92,10 @@ class Watch:
     def step(self, number: int, memory: dict[str, dict[str, int]], shapes: Shapes) -> None:
         """A step was taken; `memory` as a meter has it."""
         taken = max((phase.get("allocated", 0) for phase in memory.values()), default=0)
-        first, self._first = self._first, False
         if not taken or not shapes.batches:
             return
-        if first:
+        if self._first:
+            self._first = False
             self._compare(number, "first step", memory, shapes)
         elif self._most is None or taken >= self._most[0]:
             self._most = taken, number, memory, shapes
@@ -111,7 +111,9 @@ class Watch:
 
         Raises PlanError where the device runs out of memory.
         """
-        shapes, gauge = longest(self.config), Gauge(policy.device)
+        # An evaluation is planned beside moments, which a rehearsal does not have.
+        shapes = longest(self.config)._replace(evaluation=None)
+        gauge = Gauge(policy.device)
         try:
             with gauge:
                 gauge.adopt(alive(policy), policy.model)
@@ -125,6 +127,13 @@ class Watch:
         self._compare(0, "rehearsal", measured.peaks, shapes, measured)
 
     def _compare(self, number: int, when: str, memory, shapes: Shapes, measured=None) -> None:
+        """Whatever goes wrong here must not end a run that goes well."""
+        try:
+            self._compared(number, when, memory, shapes, measured)
+        except Exception as error:
+            self.warn(f"memory, {when}: not compared, {type(error).__name__}: {error}")
+
+    def _compared(self, number: int, when: str, memory, shapes: Shapes, measured) -> None:
         steps = 1 if self._fresh else 2
         rows = compare(self.planner.plan(self.config, shapes, steps), memory)
         self.planner.forget()
