@@ -9,6 +9,7 @@ from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy, load_tokenizer
+from lowmem_grpo.policy.skeleton import read_model_config
 from lowmem_grpo.rollout.groups import prompt_ids
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
@@ -23,11 +24,13 @@ __all__ = [
 ]
 
 
-def choose(config: Config) -> tuple[Machine, dict[str, Choice]]:
-    """The machine, and the compute dtype and attention backend for it, each with its reason."""
+def choose(config: Config, head_dim: int | None = None) -> tuple[Machine, dict[str, Choice]]:
+    """The machine, and the compute dtype and attention backend for it, each with its reason.
+    `head_dim` of the model may rule out flash attention, where it is known.
+    """
     machine = detect(config.model.device)
     dtype = choose_compute_dtype(machine, config.model.compute_dtype)
-    attention = choose_attention(machine, dtype.value, config.model.attention)
+    attention = choose_attention(machine, dtype.value, config.model.attention, head_dim=head_dim)
     return machine, {"compute_dtype": dtype, "attention": attention}
 
 
@@ -38,7 +41,8 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
     """
     import torch
 
-    machine, choices = choose(config)
+    head_dim = getattr(read_model_config(config.model.name), "head_dim", None)
+    machine, choices = choose(config, head_dim)
     say(f"device {machine.device}: {machine.name}")
     for name, choice in choices.items():
         say(f"{name.replace('_', ' ')} {choice.value}: {choice.reason}")

@@ -91,12 +91,14 @@ def train(
         if scaler is not None and state.scaler:
             scaler.load_state_dict(state.scaler)
         policy.release()
-        write_atomic(run / "config.toml", config_toml(config))
-        write_atomic(run / "plan.json", json.dumps(plan.to_json()))
         watch = Watch(planner, config, run / "memory.json", console.say, console.warn)
         if rehearse:
             with console.progress("rehearsal", None) as advance:
-                watch.rehearse(policy, advance)
+                watch.rehearse(policy, optimizer, advance)
+        run.begin()
+        write_atomic(run / "config.toml", config_toml(config))
+        write_atomic(run / "plan.json", json.dumps(plan.to_json()))
+        watch.keep()
         for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
             run.rewind(name, state.step)
 

@@ -10,7 +10,9 @@ from lowmem_grpo.config import Config
 from lowmem_grpo.errors import PlanError
 from lowmem_grpo.memory.card import PlanCard
 from lowmem_grpo.memory.plan import MemoryPlan, Planner
-from lowmem_grpo.memory.settle import largest, settle
+from lowmem_grpo.memory.settle import largest, least_value, settle
+
+MOST_TRIES = 6
 
 __all__ = ["admit", "refusal", "solved"]
 
@@ -42,7 +44,7 @@ def refusal(planner: Planner, config: Config, plan: MemoryPlan) -> str:
     if length is not None and length < config.rollout.max_completion_length:
         way_out = f"--max-completion-length {length} would fit"
     elif length is not None:
-        way_out = "it fits with memory settings on auto"
+        way_out = "lengths are not what stands in the way"
     return f"{plan.verdict()[:-1]}; {way_out}"
 
 
@@ -52,15 +54,17 @@ def solved(planner: Planner, config: Config, name: str) -> Config:
     Raises PlanError where no value does.
     """
     value = largest(planner, config, name)
-    while value is not None:
-        tried = config.settled(
-            {f"rollout.{name}": value}, f"the largest that fits {planner.card.name}"
-        )
+    for _ in range(MOST_TRIES):
+        if value is None:
+            break
+        origin = f"the largest that fits {planner.card.name}"
+        tried = config.settled({f"rollout.{name}": value}, origin)
         plan = settle(planner, tried)[1]
         if plan.fits and plan.headroom_bytes >= planner.card.margin_bytes:
             return tried
         # All phases together leave less than each has by itself.
-        value = value * 31 // 32 or None
+        less = value * 31 // 32
+        value = less if less >= least_value(config, name) else None
     raise PlanError(
         f"no {name} fits {planner.card.name} with rollout.max_prompt_length = "
         f"{config.rollout.max_prompt_length}: lower that, or take a smaller model"

@@ -37,6 +37,8 @@ class PlanCard:
     desktop_bytes: int = 0
     multiprocessors: int | None = None
     host_bytes: int | None = None
+    machine: Machine | None = None
+    """The machine that has the card, where it is this one."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes <= 0:
@@ -93,6 +95,7 @@ def machine_card(machine: Machine) -> PlanCard:
         max(0, total - free - CONTEXT_BYTES[0]),
         machine.multiprocessors,
         _host_room(machine),
+        machine,
     )
 
 
@@ -103,7 +106,7 @@ def _host_room(machine: Machine) -> int:
 
 def card_choices(config, card: PlanCard, head_dim: int | None) -> tuple[Choice, Choice]:
     """Compute dtype and attention backend as `train` would choose them on that card."""
-    machine = Machine(
+    machine = card.machine or Machine(
         device_type="cuda",
         name=card.name,
         memory_bytes=card.memory_bytes,
@@ -118,6 +121,6 @@ def card_choices(config, card: PlanCard, head_dim: int | None) -> tuple[Choice, 
     dtype = choose_compute_dtype(machine, config.model.compute_dtype)
     wanted = config.model.attention
     attention = choose_attention(machine, dtype.value, wanted, head_dim=head_dim)
-    if wanted == "auto" and attention.value == "torch_varlen":
+    if card.machine is None and wanted == "auto" and attention.value == "torch_varlen":
         attention = Choice("torch_varlen", "flash attention, which compute capability 8.0 has")
     return dtype, attention

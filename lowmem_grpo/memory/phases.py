@@ -46,6 +46,7 @@ __all__ = ["PHASES", "Alone", "Phases", "Traced"]
 PHASES = ("load", "rollout", "reference", "update", "optimizer", "evaluation")
 
 DECODED = 4  # tokens on the way, where a few are enough
+SMALLEST = (((2, (2,)),),)  # micro-batches: a prompt and a completion of two tokens
 COUNTER = 4  # bytes of the number in which AdamW counts the steps of a parameter
 PART, STEP = 1 << 40, 1 << 50  # between the ids of two parts of a step, and of two steps
 
@@ -135,8 +136,21 @@ class Phases:
             part = self._part(self._roll_out, "rollout", shapes, DECODED)
         else:
             part = self._scored(config, shapes, few=True)
-        around = load.kept + (self._part(self._step).kept if self._shapes else 0)
+        around = load.kept + self._optimizer(config).kept
         return Alone(part.events, around, part.pinned)
+
+    def optimizer_alone(self, config: Config) -> Alone:
+        """The optimizer's step, with all gradients alive around it."""
+        load, step = self._part(self._load), self._optimizer(config)
+        gradients = sum(4 * shape.numel() for shape in self._shapes)
+        known = set(step.gradients)
+        events = [event for event in step.events if event.id not in known]
+        return Alone(events, load.kept + gradients, 0)
+
+    def _optimizer(self, config: Config) -> _Part:
+        if not self._shapes:  # of the gradients, from which the optimizer's state follows
+            self._scored(config, SMALLEST, few=True)
+        return self._part(self._step)
 
     def forget(self) -> None:
         """Let go of all parts but loading and the optimizer's, which every step has."""

@@ -277,6 +277,8 @@ def _way_out(peak: PhasePlan) -> str:
     largest = max((n for n in COMPONENTS if n != "base_weights"), key=peak.components.__getitem__)
     if peak.components["base_weights"] > sum(peak.components.values()) / 2:
         return "the size of the model"
+    if peak.name == "optimizer":
+        return "lora.r, or use optimizer.optim = paged_adamw_8bit"
     if peak.name == "evaluation":
         return "eval.batch_size or eval.max_completion_length"
     if peak.name == "rollout":

@@ -25,11 +25,12 @@ from typing import Any
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.memory.allocator import AllocatorSettings
+from lowmem_grpo.memory.phases import Alone
 from lowmem_grpo.memory.plan import MemoryPlan, Planner, value_of
 from lowmem_grpo.memory.shapes import evaluation, fullest, wave
 from lowmem_grpo.memory.simulate import add_up, simulate
 
-__all__ = ["SOLVABLE", "largest", "settle", "settle_evaluation", "settle_sampling"]
+__all__ = ["SOLVABLE", "largest", "least_value", "settle", "settle_evaluation", "settle_sampling"]
 
 SOLVABLE = ("max_completion_length", "num_generations")
 ENOUGH_TOKENS = 16384  # of a micro-batch
@@ -79,12 +80,9 @@ def largest(planner: Planner, config: Config, name: str) -> int | None:
     """
     key = f"rollout.{name}"
     window = getattr(planner.model_config, "max_position_embeddings", None) or 1 << 20
-    most = MOST_GENERATIONS
+    most, least = MOST_GENERATIONS, least_value(config, name)
     if name == "max_completion_length":
         most = window - config.rollout.max_prompt_length
-        least = max(1, config.rollout.min_completion_length)
-    else:
-        least = 2
     if most < least:
         raise ConfigError(
             f"rollout.max_prompt_length = {config.rollout.max_prompt_length} leaves nothing of the "
@@ -99,6 +97,11 @@ def largest(planner: Planner, config: Config, name: str) -> int | None:
         return search.smallest_share()
 
     return _last_below_one(share, least, most)
+
+
+def least_value(config: Config, name: str) -> int:
+    """The smallest legal value of a setting of `SOLVABLE`."""
+    return 2 if name == "num_generations" else max(1, config.rollout.min_completion_length)
 
 
 def _last_below_one(share: Callable[[int], float], low: int, high: int) -> int | None:
@@ -193,9 +196,15 @@ class _Search:
         """Of full micro-batches by themselves, on the card and on the host."""
         return self._share(fullest(self.config))
 
+    def optimizer_share(self) -> float:
+        """Of the optimizer's step."""
+        return self._share_of(self.planner.phases.optimizer_alone(self.config))
+
     def _share(self, shapes) -> float:
+        return self._share_of(self.planner.phases.alone(self.config, shapes))
+
+    def _share_of(self, alone: Alone) -> float:
         card = self.planner.card
-        alone = self.planner.phases.alone(self.config, shapes)
         room = self.room - alone.around_bytes
         if room <= 0:
             return float("inf")
@@ -211,7 +220,10 @@ class _Search:
     def smallest_share(self) -> float:
         """Of the run at its smallest settings, with offloading where that is open."""
         self.set("memory.activation_offloading", self._can_offload())
-        return max(self.rows_share(), self.update_share())
+        shares = [self.optimizer_share(), self.rows_share(), self.update_share()]
+        if self.config.eval.every:
+            shares.append(self.evaluation_share())
+        return max(shares)
 
     def _can_offload(self) -> bool:
         return self.planner.card.cuda and value_of(self.config, "memory.gradient_checkpointing")
@@ -252,12 +264,15 @@ class _Search:
 
     def choose_evaluation(self) -> str:
         """Of `eval.batch_size`; returns the reason."""
-        most = min(EVALUATED, self.config.eval.num_problems)
-        values = sorted({most, *(1 << i for i in range(7) if 1 << i < most)})
+        values = self._evaluation_sizes()
         fits = self._grow("eval.batch_size", values, self.evaluation_share)
         if not fits:
             return "not even one problem at a time fits"
         return "the most problems at once that fit, 64 at most"
+
+    def _evaluation_sizes(self) -> list[int]:
+        most = min(EVALUATED, self.config.eval.num_problems)
+        return sorted({most, *(1 << i for i in range(7) if 1 << i < most)})
 
     def choose_update(self) -> dict[str, str]:
         """Of micro-batches, checkpointing and offloading; returns the reasons."""
@@ -342,7 +357,11 @@ class _Search:
             "memory.micro_batch_tokens": self._budgets(),
             "memory.rollout_batch_size": rollout_sizes(r.problems_per_step, r.num_generations),
         }
-        keys = list(sizes) if peak in ("reference", "update") else list(reversed(sizes))
+        if self.config.eval.every:
+            sizes["eval.batch_size"] = self._evaluation_sizes()
+        own = {"rollout": "memory.rollout_batch_size", "evaluation": "eval.batch_size"}
+        first = own.get(peak, "memory.micro_batch_tokens")
+        keys = sorted(sizes, key=lambda key: key != first)
         for key in keys:
             less = [v for v in sizes[key] if v < value_of(self.config, key)]
             if key in self.open and less:

@@ -81,6 +81,8 @@ class Watch:
         self.planner, self.config, self.file = planner, config, file
         self.say, self.warn = say, warn
         self._first = self._fresh = True
+        self._kept: list[tuple] = []
+        self._keeping = False
         self._most: tuple[int, int, dict, Shapes] | None = None
 
     def meter(self, policy, optimizer, *, last: bool) -> Meter:
@@ -106,7 +108,7 @@ class Watch:
             _, number, memory, shapes = self._most
             self._compare(number, "at the end", memory, shapes)
 
-    def rehearse(self, policy, advance=lambda tokens: None) -> None:
+    def rehearse(self, policy, optimizer, advance=lambda tokens: None) -> None:
         """Run the longest planned shapes, and throw away what comes of it.
 
         Raises PlanError where the device runs out of memory.
@@ -114,9 +116,10 @@ class Watch:
         # An evaluation is planned beside moments, which a rehearsal does not have.
         shapes = longest(self.config)._replace(evaluation=None)
         gauge = Gauge(policy.device)
+        self._fresh = not optimizer.state
         try:
             with gauge:
-                gauge.adopt(alive(policy), policy.model)
+                gauge.adopt(alive(policy, optimizer), policy.model)
                 measure(policy, self.config, shapes, gauge, advance=advance)
         except torch.OutOfMemoryError as error:
             raise PlanError(
@@ -125,6 +128,12 @@ class Watch:
         measured = gauge.measured()
         measured.peaks.pop("load", None)  # which was over before this began
         self._compare(0, "rehearsal", measured.peaks, shapes, measured)
+
+    def keep(self) -> None:
+        """The run's directory is its own now: write what was compared, and do so from here on."""
+        self._keeping = True
+        while self._kept:
+            record(self.file, *self._kept.pop(0))
 
     def _compare(self, number: int, when: str, memory, shapes: Shapes, measured=None) -> None:
         """Whatever goes wrong here must not end a run that goes well."""
@@ -137,7 +146,9 @@ class Watch:
         steps = 1 if self._fresh else 2
         rows = compare(self.planner.plan(self.config, shapes, steps), memory)
         self.planner.forget()
-        record(self.file, rows, number, when, measured)
+        self._kept.append((rows, number, when, measured))
+        if self._keeping:
+            self.keep()
         found = deviations(rows)
         if not found:
             off = max((abs(row["allocated_deviation"]) for row in rows), default=0.0)

@@ -47,8 +47,13 @@ class RunDirectory:
             raise ConfigError(f"another process is training in {self.path}") from None
         except OSError as error:
             raise ConfigError(f"cannot write in {self.path}: {error.strerror}") from error
-        if taken and overwrite and not resume:
+        self._replaces = taken and overwrite and not resume
+
+    def begin(self) -> None:
+        """A run begins: what `overwrite` replaces is removed, and not before."""
+        if self._replaces:
             self._clear()
+            self._replaces = False
 
     def __enter__(self) -> "RunDirectory":
         return self

@@ -31,6 +31,8 @@ def test_overwrite_clears_a_run_and_resume_keeps_it(tmp_path):
     with open_run(target, resume=True) as run:
         assert list(read_lines(run / "metrics.jsonl")) == [{"step": 1}]
     with open_run(target, overwrite=True) as run:
+        assert (target / "metrics.jsonl").is_file()  # until the new run really begins
+        run.begin()
         assert [p.name for p in run.path.iterdir()] == ["run.lock"]
 
 
