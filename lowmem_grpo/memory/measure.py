@@ -79,7 +79,7 @@ class Gauge:
         if self._recorder is not None:
             self._stack.enter_context(self._recorder)
         elif self.snapshot is not None:
-            torch.cuda.memory._record_memory_history(max_entries=HISTORY)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=HISTORY)
             self._stack.callback(torch.cuda.memory._record_memory_history, None)
         return self
 

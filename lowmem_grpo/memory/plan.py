@@ -143,12 +143,17 @@ class Planner:
             attention="torch_varlen" if backend == "flash_attn" else backend,
         )
 
+    @property
+    def padded(self) -> bool:
+        """Whether attention pads a group's completions to the longest of them."""
+        return self.attention.value == "sdpa"
+
     def plan(self, config: Config, shapes: Shapes | None = None, steps: int = 2) -> MemoryPlan:
         """The plan of settings of which none is "auto" (see `memory/settle.py`), for the longest
         shapes if none are given. In the second step the optimizer's moments are there from the
         start.
         """
-        shapes = shapes or longest(config)
+        shapes = shapes or longest(config, self.padded)
         traced = self.phases.trace(config, shapes, steps)
         usage = self._simulated(traced.events)
         settings = {

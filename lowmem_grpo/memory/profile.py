@@ -35,7 +35,11 @@ def profile(
     Raises PlanError where the plan or the device says that it does not fit.
     """
     machine = detect(config.model.device)
-    config, plan, _ = admit(config, machine_card(machine), say)
+    if snapshot is not None:
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        if machine.device_type == "cpu":
+            say("--snapshot: CUDA keeps a history of allocations, a CPU has none")
+    config, plan, planner = admit(config, machine_card(machine), say)
     gauge = Gauge(torch.device(machine.device), snapshot)
     try:
         with gauge:
@@ -44,7 +48,7 @@ def profile(
             gauge.adopt(alive(policy), policy.model)
             policy.release()
             optimizer = open_optimizer(config, list(policy.adapter_parameters().values()))
-            shapes = longest(config)
+            shapes = longest(config, planner.padded)
             measure(
                 policy, config, shapes, gauge, optimizer=optimizer, steps=steps, advance=advance
             )

@@ -194,7 +194,7 @@ class _Search:
 
     def update_share(self) -> float:
         """Of full micro-batches by themselves, on the card and on the host."""
-        return self._share(fullest(self.config))
+        return self._share(fullest(self.config, self.planner.padded))
 
     def optimizer_share(self) -> float:
         """Of the optimizer's step."""

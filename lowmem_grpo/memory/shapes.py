@@ -51,10 +51,10 @@ class Shapes(NamedTuple):
     evaluation: Wave | None = None
 
 
-def longest(config: Config) -> Shapes:
-    """The largest step that a run's settings allow."""
+def longest(config: Config, padded: bool = False) -> Shapes:
+    """The largest step that a run's settings allow; `padded`: see `fullest`."""
     evaluated = evaluation(config) if config.eval.every else None
-    return Shapes(wave(config), fullest(config), evaluated)
+    return Shapes(wave(config), fullest(config, padded), evaluated)
 
 
 def met(groups: list[Group], batches: list[PackedBatch], config: Config) -> Shapes:
@@ -88,8 +88,10 @@ def evaluation(config: Config) -> Wave:
     return Wave((r.max_prompt_length,) * rows, 1, length, length, greedy=True)
 
 
-def fullest(config: Config) -> tuple[Batch, ...]:
-    """Two full micro-batches: with the longest completions, and with the most.
+def fullest(config: Config, padded: bool = False) -> tuple[Batch, ...]:
+    """Two full micro-batches: with the longest completions, and with the most. With `padded`, for
+    an attention that pads the completions of a group to its longest, also those with one long
+    completion, with some, and otherwise short ones.
 
     Which one is heavier depends on the model: of the second, attention keeps a copy of the prompt's
     keys and values for each completion.
@@ -115,7 +117,22 @@ def fullest(config: Config) -> tuple[Batch, ...]:
     take = min(longest, (budget - groups * prompt) // (groups * r.num_generations)) if groups else 0
     most = ((prompt, (take + 1,) * r.num_generations),) * groups
     # Twice, if they are the same: a second one meets the gradients that the first left.
-    return first, most or first
+    return first, most or first, *(_uneven(config) if padded else ())
+
+
+def _uneven(config: Config) -> list[Batch]:
+    """Groups of which one completion, or a quarter, or half are as long as the budget lets them be,
+    and the others of two tokens.
+    """
+    r = config.rollout
+    room = config.memory.micro_batch_tokens - r.max_prompt_length
+    found = {}
+    for long in sorted({1, r.num_generations // 4, r.num_generations // 2} - {0}):
+        short = r.num_generations - long
+        length = min(r.max_completion_length - 1, (room - short) // long)
+        if length > 1:
+            found[((r.max_prompt_length, (length + 1,) * long + (2,) * short),)] = None
+    return list(found)
 
 
 def groups_of(batch: Batch) -> list[Group]:

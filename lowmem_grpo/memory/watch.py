@@ -114,7 +114,7 @@ class Watch:
         Raises PlanError where the device runs out of memory.
         """
         # An evaluation is planned beside moments, which a rehearsal does not have.
-        shapes = longest(self.config)._replace(evaluation=None)
+        shapes = longest(self.config, self.planner.padded)._replace(evaluation=None)
         gauge = Gauge(policy.device)
         self._fresh = not optimizer.state
         try:

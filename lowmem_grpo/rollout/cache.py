@@ -16,7 +16,7 @@ import torch
 
 from lowmem_grpo.policy.attention import PackedLayout
 
-__all__ = ["Prefill", "WaveCache", "padded_length"]
+__all__ = ["Prefill", "WaveCache", "moved_down", "padded_length"]
 
 EIGHTH_FROM = 128  # tokens
 
@@ -30,6 +30,18 @@ def padded_length(tokens: int) -> int:
     """
     step = max(EIGHTH_FROM, 1 << tokens.bit_length() - 1) // 8
     return -(-tokens // step) * step
+
+
+def moved_down(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """The first of x, into which `rows` (ascending) have been copied.
+
+    In place: a second cache beside the first would be more than the plan of the longest rollout,
+    in which all rows stay to the end.
+    """
+    for place, row in enumerate(rows):
+        if place != row:
+            x[place].copy_(x[row])
+    return x[: len(rows)]
 
 
 class WaveCache:
@@ -75,13 +87,15 @@ class WaveCache:
         """Go on with these rows (int64, ascending) and let go of the others, and of prompts without
         rows.
         """
+        kept = rows.tolist()
         left_B, self.problem_R = self.problem_R[rows].unique(return_inverse=True)
         if left_B.numel() < self.lengths_B.numel():
             self.lengths_B = self.lengths_B[left_B]
+            left = left_B.tolist()
             for layer, (key, value) in self.prompts.items():
-                self.prompts[layer] = key[left_B], value[left_B]
+                self.prompts[layer] = moved_down(key, left), moved_down(value, left)
         for layer, (key, value) in self.own.items():
-            self.own[layer] = key[rows], value[rows]
+            self.own[layer] = moved_down(key, kept), moved_down(value, kept)
         self._arrange()
 
     def attend(self, layer, query, key, value, scaling, window=None) -> torch.Tensor:

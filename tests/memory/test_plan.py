@@ -241,6 +241,26 @@ def test_micro_batches_are_full_and_whole(model):
     assert batch.tokens == 2 * (64 + 4 * 255)
 
 
+def test_an_attention_that_pads_is_planned_for_uneven_groups(model):
+    config = configured(model, rollout__num_generations=16, memory__micro_batch_tokens=400)
+    even, uneven = fullest(config), fullest(config, padded=True)
+    assert uneven[: len(even)] == even
+    assert len(uneven) > len(even)
+    for batch in uneven[len(even) :]:
+        ((prompt, lengths),) = batch
+        assert len(lengths) == 16
+        assert prompt + sum(lengths) - 16 <= 400
+        assert max(lengths) > min(lengths) == 2
+    plans = [
+        planned(model, model__attention=kind, rollout__num_generations=16)
+        for kind in ("sdpa", "auto")
+    ]
+    assert (
+        phase(plans[0], "update").peak_allocated_bytes
+        > phase(plans[1], "update").peak_allocated_bytes
+    )
+
+
 def test_json_is_what_interfaces_promise(plan):
     document = json.loads(json.dumps(plan.to_json()))
     assert set(document) == {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_grpo.policy.attention import PackedLayout
-from lowmem_grpo.rollout.cache import Prefill, WaveCache, padded_length
+from lowmem_grpo.rollout.cache import Prefill, WaveCache, moved_down, padded_length
 
 HEADS, KV_HEADS, SIZE, SCALING = 6, 2, 8, 0.3
 
@@ -122,3 +122,10 @@ def test_lengths_are_rounded_up_to_eighths_of_an_octave():
     assert lengths == sorted(lengths)
     for low in (128, 256, 512, 1024, 2048):
         assert len(set(lengths[low : 2 * low])) == 8
+
+
+def test_rows_move_down_in_place():
+    x = torch.arange(24.0).view(6, 4)
+    kept = moved_down(x, [0, 2, 5])
+    assert kept.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert kept.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [20, 21, 22, 23]]
