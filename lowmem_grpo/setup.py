@@ -3,14 +3,18 @@ rewards.
 """
 
 from pathlib import Path
+from typing import Any
 
 from lowmem_grpo.config import Config
+from lowmem_grpo.grpo.objective import rollout_weights
 from lowmem_grpo.grpo.optimizer import build_optimizer
+from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
 from lowmem_grpo.rollout.groups import prompt_ids
+from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
 
@@ -21,6 +25,8 @@ __all__ = [
     "open_optimizer",
     "open_policy",
     "open_task",
+    "pack_groups",
+    "update_settings",
 ]
 
 
@@ -88,6 +94,17 @@ def open_optimizer(config: Config, parameters: list):
     )
 
 
+def update_settings(config: Config) -> dict[str, Any]:
+    """What `grpo.update.accumulate` takes of the configuration."""
+    return {
+        "epsilon": config.grpo.epsilon,
+        "epsilon_high": config.grpo.upper_epsilon,
+        "beta": config.grpo.beta,
+        "checkpointing": config.memory.gradient_checkpointing,
+        "offloading": config.memory.activation_offloading,
+    }
+
+
 def open_task(config: Config) -> Task:
     """The task as configured."""
     task = config.task
@@ -112,3 +129,17 @@ def check_prompts(task: Task, config: Config) -> None:
     if config.eval.every:
         for problem in task.eval_problems(config.eval.num_problems):
             prompt_ids(tokenizer, problem, config.rollout.max_prompt_length)
+
+
+def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
+    """The micro-batches of scored groups as configured."""
+    lengths = [len(rollout.completion_ids) for group in groups for rollout in group.rollouts]
+    weights = rollout_weights(lengths, config.grpo.loss_type, config.rollout.max_completion_length)
+    return pack(
+        groups,
+        weights,
+        max_tokens=config.memory.micro_batch_tokens,
+        min_completion_length=config.rollout.min_completion_length,
+        # With a KL penalty every rollout reaches the gradient, whatever its advantage.
+        skip_zero_advantage=config.grpo.beta == 0,
+    )

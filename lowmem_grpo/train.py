@@ -19,9 +19,7 @@ import torch
 
 from lowmem_grpo.config import Config, config_toml
 from lowmem_grpo.grpo.advantages import group_advantages
-from lowmem_grpo.grpo.objective import rollout_weights
 from lowmem_grpo.grpo.optimizer import learning_rate_at
-from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.hardware import detect
 from lowmem_grpo.memory.admit import admit
@@ -42,11 +40,18 @@ from lowmem_grpo.run.checkpoint import (
     save_checkpoint,
 )
 from lowmem_grpo.run.console import Console
-from lowmem_grpo.run.directory import RunDirectory, write_atomic
+from lowmem_grpo.run.directory import RunDirectory, check_directory, write_atomic
 from lowmem_grpo.run.evaluate import evaluate
 from lowmem_grpo.run.metrics import MetricsWriter, alarms, step_record
 from lowmem_grpo.run.stop import StopRequest
-from lowmem_grpo.setup import check_prompts, open_optimizer, open_policy, open_task
+from lowmem_grpo.setup import (
+    check_prompts,
+    open_optimizer,
+    open_policy,
+    open_task,
+    pack_groups,
+    update_settings,
+)
 from lowmem_grpo.tasks import Task
 
 __all__ = ["DONE", "STOPPED", "train"]
@@ -67,6 +72,7 @@ def train(
     task = open_task(config)
     rewards = load_rewards(config.rewards.functions, config.rewards.weights, task)
     check_prompts(task, config)
+    check_directory(config.run.output, resume=resume, overwrite=overwrite)
     # Before the directory is touched: a run that does not fit must not replace one that did.
     config, plan, planner = admit(config, machine_card(detect(config.model.device)), console.say)
     with (
@@ -138,7 +144,7 @@ def train(
                     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
                     if config.grpo.beta and state.groups[0].rollouts[0].ref_logprobs is None:
                         with meter.phase("reference"):
-                            batches = _pack(state.groups, config)
+                            batches = pack_groups(state.groups, config)
                             total = sum(batch.tokens for batch in batches)
                             with console.progress("reference", total) as advance:
                                 score_reference(policy, batches, scoring, advance)
@@ -147,7 +153,7 @@ def train(
 
                     # UPDATE
                     with meter.phase("update"):
-                        batches = _pack(state.groups, config)
+                        batches = pack_groups(state.groups, config)
                         total = sum(batch.tokens for batch in batches)
                         learning_rate = learning_rate_at(
                             state.step + 1,
@@ -161,11 +167,7 @@ def train(
                                 policy,
                                 batches,
                                 scoring,
-                                epsilon=config.grpo.epsilon,
-                                epsilon_high=config.grpo.upper_epsilon,
-                                beta=config.grpo.beta,
-                                checkpointing=config.memory.gradient_checkpointing,
-                                offloading=config.memory.activation_offloading,
+                                **update_settings(config),
                                 loss_scale=scaler.scale if scaler is not None else None,
                                 advance=advance,
                             )
@@ -266,19 +268,6 @@ def _judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
         group.rewards = scores.total[mine]
         group.rewards_by_name = {name: values[mine] for name, values in scores.by_name.items()}
         group.advantages = advantages_BG[i]
-
-
-def _pack(groups: list[Group], config: Config):
-    lengths = [len(rollout.completion_ids) for group in groups for rollout in group.rollouts]
-    weights = rollout_weights(lengths, config.grpo.loss_type, config.rollout.max_completion_length)
-    return pack(
-        groups,
-        weights,
-        max_tokens=config.memory.micro_batch_tokens,
-        min_completion_length=config.rollout.min_completion_length,
-        # With a KL penalty every rollout reaches the gradient, whatever its advantage.
-        skip_zero_advantage=config.grpo.beta == 0,
-    )
 
 
 def _evaluate(

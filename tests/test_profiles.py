@@ -74,6 +74,7 @@ def test_every_profile_names_the_memory_settings_and_cards_leave_them_to_the_pla
     assert profile.path.stem == profile.name
     if profile.name != "cpu":
         assert set(memory.values()) == {"auto"}
+        assert "never run on this card" in profile.path.read_text().casefold()
     build_config([("profile", profile.settings)])
 
 

@@ -6,7 +6,8 @@
 Every number is `plan --solve max_completion_length`: prompts of 512 tokens, G = 8, LoRA r 16 on all
 linear layers, AdamW in float32, memory settings on auto, and 600 MiB for a desktop. Where the
 model's window ends first, the number is the window less the prompt. Models are configurations
-alone. A line of notes says what each run needs beside the card. Takes about ten minutes.
+alone. The card of 8 GB is made up (7,780 MiB visible, 24 multiprocessors), the others are profiles.
+Takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CONFIGS = Path(__file__).parents[1] / "tests/memory/configs"
 MODELS = ("qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "qwen3-14b", "qwen2.5-32b")
 MIB = 2**20
 DESKTOP = 600 * MIB
-EIGHT = PlanCard("8 GB", 7780 * MIB, (8, 9), DESKTOP, 24)  # a driver keeps some 5% of small cards
+EIGHT = PlanCard("8 GB", 7780 * MIB, (8, 9), DESKTOP, 24)  # assumed
 PROFILES = ("rtx-3060-12gb", "rtx-4060ti-16gb", "rtx-4090-24gb")
 
 

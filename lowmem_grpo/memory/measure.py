@@ -29,6 +29,7 @@ from lowmem_grpo.memory.trace import Recorder, named_tensors
 from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling
+from lowmem_grpo.setup import update_settings
 
 __all__ = ["Gauge", "Measured", "alive", "measure"]
 
@@ -212,11 +213,7 @@ def _update(
             policy,
             packed(groups),
             scoring,
-            epsilon=config.grpo.epsilon,
-            epsilon_high=config.grpo.upper_epsilon,
-            beta=config.grpo.beta,
-            checkpointing=config.memory.gradient_checkpointing,
-            offloading=config.memory.activation_offloading,
+            **update_settings(config),
             loss_scale=scaler.scale if scaler is not None else None,
             advance=advance,
         )

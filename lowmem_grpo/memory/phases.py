@@ -39,7 +39,7 @@ from lowmem_grpo.memory.trace import OUTSIDE, Recorder, layer_number
 from lowmem_grpo.memory.unreal import HOST, CountedBuffers, FewTiles, Scaler, Values
 from lowmem_grpo.policy.load import check_forward
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
-from lowmem_grpo.setup import adapter_settings, open_optimizer
+from lowmem_grpo.setup import adapter_settings, open_optimizer, update_settings
 
 __all__ = ["PHASES", "Alone", "Phases", "Traced"]
 
@@ -232,6 +232,7 @@ class Phases:
         few: bool,
     ) -> _Part:
         """Reference and update."""
+        how = {"checkpointing": checkpointing, "offloading": offloading}
         policy, config = self._policy, self._config
         policy.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
         groups = [groups_of(batch) for batch in batches]
@@ -249,11 +250,7 @@ class Phases:
                     policy,
                     packed(groups),
                     scoring,
-                    epsilon=config.grpo.epsilon,
-                    epsilon_high=config.grpo.upper_epsilon,
-                    beta=beta,
-                    checkpointing=checkpointing,
-                    offloading=offloading,
+                    **{**update_settings(config), "beta": beta, **how},
                     loss_scale=scaler.scale if scaler is not None else None,
                 )
             done = len(recorder.events)

@@ -289,10 +289,13 @@ class _Search:
             if not self._grow(tokens, values, self.update_share):
                 self.set("memory.activation_offloading", False)
                 reasons[tokens] = "not even one completion fits"
+                reasons[checkpointing] = "takes the least, and still nothing fits"
                 return reasons
             if self.config.memory.activation_offloading:
                 reasons["memory.activation_offloading"] = "does not fit without it"
-        if checkpointing in self.open and not self.config.memory.activation_offloading:
+        if self.config.memory.activation_offloading:
+            reasons[checkpointing] = "what lies on the host are its layers' inputs"
+        elif checkpointing in self.open:
             with_it = self.config
             self.set(checkpointing, False)
             enough = min(GOOD_TOKENS, with_it.memory.micro_batch_tokens)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from lowmem_grpo.errors import ConfigError
 
-__all__ = ["RunDirectory", "read_lines", "sync_directory", "write_atomic"]
+__all__ = ["RunDirectory", "check_directory", "read_lines", "sync_directory", "write_atomic"]
 
 
 class RunDirectory:
@@ -28,17 +28,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, resume: bool, overwrite: bool):
         self.path = Path(path)
-        if resume and not (self.path / "config.toml").is_file():
-            raise ConfigError(f"--resume: {self.path} holds no run (it has no config.toml)")
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"--output {self.path} is a file: name a directory")
-        taken = self.path.is_dir() and any(p.name != "run.lock" for p in self.path.iterdir())
-        if taken and not resume and not overwrite:
-            raise ConfigError(f"{self.path} exists: --resume continues it, --overwrite replaces it")
-        if taken and overwrite and not resume and not (self.path / "config.toml").is_file():
-            raise ConfigError(
-                f"--overwrite: {self.path} is not a run directory, so it is left alone"
-            )
+        taken = check_directory(path, resume=resume, overwrite=overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / "run.lock")
@@ -88,6 +78,25 @@ class RunDirectory:
             if entry.name == "run.lock":
                 continue
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether there is something in the directory. Changes nothing.
+
+    Raises ConfigError when `resume` finds no run, and when what is there may be neither continued
+    nor replaced.
+    """
+    path = Path(path)
+    if resume and not (path / "config.toml").is_file():
+        raise ConfigError(f"--resume: {path} holds no run (it has no config.toml)")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output {path} is a file: name a directory")
+    taken = path.is_dir() and any(p.name != "run.lock" for p in path.iterdir())
+    if taken and not resume and not overwrite:
+        raise ConfigError(f"{path} exists: --resume continues it, --overwrite replaces it")
+    if taken and overwrite and not resume and not (path / "config.toml").is_file():
+        raise ConfigError(f"--overwrite: {path} is not a run directory, so it is left alone")
+    return taken
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

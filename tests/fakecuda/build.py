@@ -1,12 +1,15 @@
 """Compiling guard.cpp (see there) against the torch that is installed."""
 
+import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["build_guard", "why_not"]
+__all__ = ["build_guard", "run_with_guard", "why_not"]
 
 
 def why_not() -> str | None:
@@ -29,3 +32,19 @@ def build_guard(directory: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return library
+
+
+def run_with_guard(directory: Path, program: str, *arguments: str) -> list[dict]:
+    """The JSON objects that a program of this folder printed, a line each, under the guard that is
+    built in `directory`. Fails the test unless it ends well.
+    """
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, str(here / program), str(build_guard(directory)), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(here.parents[1])},
+    )
+    assert run.returncode == 0, run.stderr
+    print(run.stderr)  # the tracebacks of cases, for whoever reads a failure
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]

@@ -1,15 +1,18 @@
 """A trace of a few layers, made deep, is the trace of the deep model: event by event."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from lowmem_grpo.config import build_config
+from lowmem_grpo.memory import decoding
 from lowmem_grpo.memory.card import PlanCard
 from lowmem_grpo.memory.layers import TRACED, alike, base_id, deepened, shortened
 from lowmem_grpo.memory.phases import Phases
 from lowmem_grpo.memory.shapes import Wave
+from lowmem_grpo.memory.simulate import simulate
 from lowmem_grpo.memory.trace import Recorder
 from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.skeleton import read_model_config
@@ -75,6 +78,25 @@ def test_a_short_trace_made_deep_is_the_deep_one(
         assert (one.kept, one.pinned) == (other.kept, other.pinned)
         assert len(one.gradients) == len(other.gradients)
     assert (short[2].pinned > 0) == ("offloading" in case)
+
+
+def test_one_layer_stands_for_all_at_tokens_on_the_way(tmp_path, monkeypatch):
+    config, built = configured(tmp_path), model_config(tmp_path)
+
+    def peaks():
+        phases = Phases(config, built, CARD, dtype=torch.bfloat16, attention="torch_varlen")
+        phases._part(phases._load)
+        part = phases._part(phases._roll_out, "rollout", Wave((50, 50), 32, 1500, 1500), None)
+        usage = simulate(part.events)
+        return usage.peak_allocated, usage.peak_reserved, len(part.events)
+
+    allocated, reserved, events = peaks()
+    monkeypatch.setattr(decoding, "_few_layers", lambda policy, recorder, few: nullcontext())
+    of_all, reserved_of_all, more = peaks()
+    assert allocated == of_all
+    # Pieces that layers leave to each other may take a segment more: 2 MiB here.
+    assert reserved <= reserved_of_all <= 1.01 * reserved
+    assert more > 2 * events
 
 
 def test_layers_that_differ_are_not_taken_to_be_alike(tmp_path):

@@ -159,3 +159,44 @@ def test_the_shapes_of_a_step_that_was_taken(tmp_path):
     assert shapes.evaluation is None
     wider = configured(tmp_path, memory__rollout_batch_size=8)
     assert met(groups, batches, wider).rollout.prompts == (5, 9)
+
+
+def test_a_comparison_that_fails_does_not_end_the_run(tiny_model_dir, tmp_path, monkeypatch):
+    def fail(self, *arguments):
+        raise RuntimeError("as asked")
+
+    monkeypatch.setattr(watch.Watch, "_compared", fail)
+    run = tmp_path / "run"
+    train(tiny_model_dir, run, "--steps", "2")
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    result = train(tiny_model_dir, tmp_path / "other", "--steps", "1")
+    assert "memory, first step: not compared, RuntimeError: as asked" in result.stderr
+
+
+def test_a_refused_rehearsal_leaves_the_run_that_was_there(tiny_model_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(tiny_model_dir, run, "--steps", "1")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    def fail(policy, config, shapes, gauge, **rest):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(watch, "measure", fail)
+    again = ["train", "--model", tiny_model_dir, "--output", run, *TINY]
+    assert call(*again, "--overwrite", "--rehearse").exit_code == 3
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    fresh = ["train", "--model", tiny_model_dir, "--output", tmp_path / "fresh", *TINY]
+    assert call(*fresh, "--rehearse").exit_code == 3
+    monkeypatch.undo()
+    train(tiny_model_dir, tmp_path / "fresh", "--steps", "1")  # not in its own way
+
+
+def test_a_directory_in_use_is_refused_before_anything_is_planned(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    train(tiny_model_dir, run, "--steps", "1")
+    monkeypatch.setattr(training, "admit", None)  # calling it would be another error
+    result = call("train", "--model", tiny_model_dir, "--output", run, *TINY)
+    assert result.exit_code == 2
+    assert "--resume continues it, --overwrite replaces it" in result.stderr

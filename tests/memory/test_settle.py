@@ -13,6 +13,7 @@ from lowmem_grpo.memory.card import MARGIN, PlanCard
 from lowmem_grpo.memory.plan import Planner
 from lowmem_grpo.memory.settle import (
     _last_below_one,
+    _Search,
     equal_parts,
     largest,
     rollout_sizes,
@@ -97,6 +98,25 @@ def test_the_next_larger_value_would_not_fit(model):
     assert phase(plan, "rollout").peak_reserved_bytes > SMALL.available_bytes * (1 - 2 * MARGIN)
 
 
+def test_reasons_say_only_what_was_tried(model):
+    pinned = {"memory__activation_offloading": True}
+    config, _ = settled(model, LARGE, **pinned, **LONG)
+    assert "on the host" in config.sources["memory.gradient_checkpointing"]
+    config, plan = settled(model, card(10), **LONG)
+    assert not plan.fits
+    assert "nothing fits" in config.sources["memory.gradient_checkpointing"]
+
+
+def test_adapters_that_do_not_fit_are_not_blamed_on_lengths(model):
+    where = card(1700)  # update 1,381 MiB, optimizer 2,006
+    big = configured(model, lora__r=512)
+    own = Planner(big, where)
+    assert largest(own, big, "max_completion_length") is None
+    text = refusal(own, big, settle(own, big)[1])
+    assert "lower lora.r" in text
+    assert "would fit" not in text
+
+
 def test_what_is_pinned_stays(model):
     pinned = {
         "memory__rollout_batch_size": 3, "memory__micro_batch_tokens": 5000,
@@ -149,6 +169,8 @@ def test_the_largest_completion_fits_and_a_little_more_does_not(model):
     config = configured(model)
     length = largest(planner(model, SMALL), config, "max_completion_length")
     assert 64 < length < WINDOW - 64
+    above = configured(model, rollout__max_completion_length=int(length * 1.03))
+    assert _Search(planner(model, SMALL), above).smallest_share() > 1
     assert settled(model, SMALL, rollout__max_completion_length=length)[1].fits
     longer = 2 * length  # far beyond what choices leave free
     assert not settled(model, SMALL, rollout__max_completion_length=longer)[1].fits

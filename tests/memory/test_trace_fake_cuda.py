@@ -4,10 +4,6 @@ So the planner, which needs no GPU, sees what a card's dispatch would have it se
 runs in a program of its own; see tests/fakecuda.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import pytest
 
 from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.simulate import simulate
-from tests.fakecuda.build import build_guard, why_not
+from tests.fakecuda.build import run_with_guard, why_not
 from tests.fakecuda.record import record_steps
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -33,17 +29,8 @@ EXPLAINED = {
 @pytest.fixture(scope="module")
 def on_cuda(tmp_path_factory):
     """The events of every case of tests/fakecuda/run_record.py, by name."""
-    library = build_guard(tmp_path_factory.mktemp("fakecuda"))
-    program = ROOT / "tests/fakecuda/run_record.py"
-    run = subprocess.run(
-        [sys.executable, str(program), str(library), *EXPLAINED],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 0, run.stderr
-    print(run.stderr)  # the tracebacks of cases, for whoever reads a failure
-    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    directory = tmp_path_factory.mktemp("fakecuda")
+    lines = run_with_guard(directory, "run_record.py", *EXPLAINED)
     assert [line["error"] for line in lines] == [None] * 7
     return {line["case"]: [Event(*row) for row in line["events"]] for line in lines}
 

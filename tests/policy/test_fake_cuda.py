@@ -4,15 +4,11 @@ No kernel runs: what these tests find is a tensor on the wrong device or of the 
 operation that CUDA's dispatch would refuse. See tests/fakecuda.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.fakecuda.build import build_guard, why_not
+from tests.fakecuda.build import run_with_guard, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 ROOT = Path(__file__).parents[2]
@@ -21,16 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """What every case of tests/fakecuda/cases.py reported, by name."""
-    library = build_guard(tmp_path_factory.mktemp("fakecuda"))
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests/fakecuda/run_policy.py"), str(library)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 0, run.stderr
-    print(run.stderr)  # the tracebacks of cases, for whoever reads a failure
-    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    lines = run_with_guard(tmp_path_factory.mktemp("fakecuda"), "run_policy.py")
     return {line["case"]: line for line in lines}
 
 
