@@ -40,7 +40,7 @@ class ModelConfig(_Section):
     """auto, cpu, cuda or cuda:N."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What matrix products and activations run in; auto follows the hardware."""
-    attention: Literal["auto", "flash_attn", "torch_varlen", "sdpa"] = "auto"
+    attention: Literal["auto", "flash_attn", "torch_varlen", "sdpa", "tiled"] = "auto"
     """Backend of the shared-prefix attention; auto follows the hardware."""
     chat_template: str | None = None
     """A file with a chat template, for a model that has none."""

@@ -100,7 +100,8 @@ FLASH = {"torch": "2.13.0", "flash_attn": "2.8.3"}
         (card(versions=FLASH), "float32", "sdpa"),
         (card((7, 5), versions=FLASH), "float16", "sdpa"),
         (card(unusable={"torch_varlen": "torch 2.9.0 has none"}), "bfloat16", "sdpa"),
-        (cpu("AMX"), "bfloat16", "sdpa"),
+        (cpu("AMX"), "bfloat16", "tiled"),
+        (cpu(), "float32", "tiled"),
     ],
 )
 def test_attention_follows_card_dtype_and_software(machine, dtype, backend):
@@ -133,8 +134,8 @@ def test_a_head_size_can_rule_flash_out(head_dim, backend):
         (card(), "bfloat16", "flash_attn", "not installed; use torch_varlen"),
         (card((7, 5), versions=FLASH), "float16", "flash_attn", "8.0, this card has 7.5; use sdpa"),
         (card(), "float32", "torch_varlen", "not float32; use sdpa"),
-        (cpu(), "float32", "torch_varlen", "needs a CUDA card; use sdpa"),
-        (card(), "bfloat16", "flash", "use auto, flash_attn, torch_varlen, sdpa"),
+        (cpu(), "float32", "torch_varlen", "needs a CUDA card; use tiled"),
+        (card(), "bfloat16", "flash", "use auto, flash_attn, torch_varlen, sdpa, tiled"),
     ],
 )
 def test_an_impossible_attention_is_refused_with_what_works(machine, dtype, requested, message):
@@ -147,6 +148,7 @@ def test_an_explicit_attention_that_works_is_taken():
         choose_attention(card(versions=FLASH), "bfloat16", "torch_varlen").value == "torch_varlen"
     )
     assert choose_attention(cpu(), "float32", "sdpa").value == "sdpa"
+    assert choose_attention(card(), "bfloat16", "tiled").value == "tiled"
 
 
 def fake_torch(

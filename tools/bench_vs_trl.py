@@ -1,301 +1,195 @@
-"""Seconds and memory of a GRPO step beside TRL's, on the same machine, for the same work.
+"""GRPO beside TRL's, on the same machine, for the same work: seconds, tokens, memory, learning.
 
-    python tools/bench_vs_trl.py --workload short --rounds 2 --steps 3
+    python tools/bench_vs_trl.py --workload all --rounds 3 --steps 4
+    python tools/bench_vs_trl.py --until-reward 0.9 --seeds 0
+    python tools/bench_vs_trl.py --curves curves.json --until-reward 0.9
 
 Both train SmolLM2-135M in NF4 with LoRA r 16 on all linear layers, on the same problems in the same
-order, with the same G, B, lengths, loss, beta and optimizer settings, in processes of their own
-that take turns (A B A B ...). All completions have exactly the same number of tokens (minimum
-equals maximum length), so the work is equal. The first step of each process is left out: it warms
-caches up. Absolute times on a shared machine mean little; ratios within one call do.
+order, with the same rewards, G, B, lengths, loss, beta and optimizer settings, in processes of
+their own that take turns (A B A B ...). Absolute times on a shared machine mean little; ratios
+within one call do. TRL runs in its best CPU settings (tools/bench/trl_side.py). The last line is
+one JSON object.
 
-TRL runs in its best CPU settings: bf16 compute where the CPU has it, no gradient checkpointing, one
-micro-batch.
+WORKLOADS (--workload, may be repeated). All completions have exactly the same number of tokens
+(minimum equals maximum length), so the work is equal. Seconds are by phase, "update" with the
+optimizer's step; tokens are those computed by the model's layers, padding included, counted by a
+hook on the first of them; memory is the resident memory of the process, sampled every 20 ms, above
+what it was when the model had been loaded. Of `--steps N` both leave out the first, which warms
+caches up. On a CPU the product traces the memory of the first and of the last step of a run, which
+makes them slower, so ours runs N + 1 steps and leaves out the last one too. The peak memory is that
+of all steps, traced ones included.
 
-Peak memory is the process's resident memory, sampled every 20 ms, above what it was when the model
-had been loaded. The last line is one JSON object.
+`sparse` has half of its groups without an advantage. With beta above 0 they still get a gradient,
+from the KL term, and nothing may be left out; its beta is therefore 0 on both sides, which is TRL's
+default, and 0.04 for the other workloads. --beta overrides.
+
+LEARNING (--until-reward, --curves). One-digit sums with rollouts that may end early, the same
+hyperparameters on both sides, each on its own samples. Seconds are from the beginning of the first
+step, with everything that happens between steps, ours with its traced first and last ones, and
+without loading. The running mean is over 5 steps. Without --curves a run stops once it is there.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib.util
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-# problems a step, completions each, prompt words of filler, new tokens, share of groups without
-# signal
-WORKLOADS = {
-    "short": {"problems": 4, "group": 8, "filler": 0, "new_tokens": 24, "flat": False},
-    "long_prompt": {"problems": 2, "group": 8, "filler": 545, "new_tokens": 32, "flat": False},
-    "long_completion": {"problems": 2, "group": 8, "filler": 0, "new_tokens": 256, "flat": False},
-    "sparse": {"problems": 4, "group": 8, "filler": 0, "new_tokens": 24, "flat": True},
-}
-SHARED = {"learning_rate": 2e-5, "beta": 0.04, "epsilon": 0.2, "seed": 0}
+from bench.child import answer, ask
+from bench.report import SIDES, compare, peak_gib, table, time_line, time_to_reward
+from bench.workloads import WORKLOADS
 
-
-def problems(work: dict, steps: int) -> list[dict]:
-    """As many distinct problems as the steps take, with prompts of about the same length."""
-    filler = "word " * work["filler"]
-    return [
-        {
-            "prompt": f"{filler}What is {i // 10 % 10} + {i % 10}? Answer with the number only.",
-            "answer": str(i // 10 % 10 + i % 10),
-            "flat": i % 2 == 1 and work["flat"],
-        }
-        for i in range(steps * work["problems"])
-    ]
+NAMES = {"ours": "ours", "trl": "TRL"}
+STEPS = {"workload": 3, "until": 40, "curves": 30}
 
 
-def reward(completions, flat, **_):
-    """Something that differs between completions; the same for all of a flat problem's."""
-    return [0.0 if f else float(len(c) % 7) for c, f in zip(completions, flat, strict=True)]
+def child(side: str, request: dict[str, Any]) -> dict[str, Any]:
+    """One process of one side."""
+    from bench.configs import learning_config, made_config
 
-
-class PeakMemory:
-    """The highest resident memory since `start`, above what it was then."""
-
-    started = False
-
-    def start(self) -> None:
-        import psutil
-
-        self.started = True
-        self._process = psutil.Process()
-        self._base = self._peak = self._process.memory_info().rss
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            self._peak = max(self._peak, self._process.memory_info().rss)
-            time.sleep(0.02)
-
-    @property
-    def above(self) -> int:
-        return self._peak - self._base
-
-
-def run_ours(work: dict, steps: int, beta: float) -> dict:
-    """One process of ours: the product's own loop."""
-    from lowmem_grpo.config import load_config
-    from lowmem_grpo.profiles import load_profile
-    from lowmem_grpo.run.console import Console
-    from lowmem_grpo.run.directory import read_lines
-    from lowmem_grpo.train import train
-
-    peak = PeakMemory()
-
-    class Watching(Console):
-        def progress(self, name, total):
-            if name == "rollout" and not peak.started:  # the model is loaded, the first step begins
-                peak.start()
-            return super().progress(name, total)
-
+    if side == "ours":
+        from bench.ours import run
+    else:
+        from bench.trl_side import run
+    steps = request["steps"]
     with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch) / "rows.jsonl"
-        # Every problem is there twice: the product holds some out, the benchmark trains on the
-        # first ones.
-        rows.write_text("".join(json.dumps(p) + "\n" for p in problems(work, steps)))
-        held_out = Path(scratch) / "eval.jsonl"
-        held_out.write_text(json.dumps({"prompt": "-", "answer": "-", "flat": False}) + "\n")
-        settings = {
-            "model": {"device": "cpu"},
-            "task": {"name": f"records:{rows}", "eval_path": str(held_out)},
-            "rewards": {"functions": [f"{Path(__file__).resolve()}:reward"]},
-            "rollout": {
-                "num_generations": work["group"],
-                "problems_per_step": work["problems"],
-                "max_prompt_length": 2048,
-                "min_completion_length": work["new_tokens"],
-                "max_completion_length": work["new_tokens"],
-            },
-            "grpo": {"beta": beta, "epsilon": SHARED["epsilon"]},
-            "optimizer": {"learning_rate": SHARED["learning_rate"]},
-            "run": {"steps": steps, "seed": 0, "output": f"{scratch}/run", "save_every": 0},
-        }
-        profile = load_profile("cpu")
-        config = load_config(
-            None,
-            profile=(f"profile {profile.name}", profile.settings),
-            assignments=[("benchmark", settings)],
-        )
-        train(config, resume=False, overwrite=False, console=Watching(quiet=True))
-        records = list(read_lines(Path(scratch) / "run/metrics.jsonl"))[1:]
-    phases = {
-        name: statistics.median(r["seconds"].get(name, 0.0) for r in records)
-        for name in ("rollout", "reward", "reference", "update")
-    }
-    return {
-        "seconds": [r["seconds"]["total"] for r in records],
-        "phases": phases,
-        "tokens_generated": records[-1]["tokens_generated"],
-        "tokens_trunk": records[-1]["tokens_trunk"],
-        "peak_bytes": peak.above,
-    }
+        if "seed" in request:
+            rate = {"learning_rate": request["learning_rate"]} if request["learning_rate"] else {}
+            config = learning_config(request["seed"], steps, Path(scratch), optimizer=rate)
+            return run(config, request["until"])
+        work = WORKLOADS[request["workload"]]
+        work = work if request["beta"] is None else {**work, "beta": request["beta"]}
+        result = run(made_config(work, steps + (side == "ours"), Path(scratch)))
+        return {**result, "counted": list(range(1, steps))}
 
 
-def run_trl(work: dict, steps: int, beta: float) -> dict:
-    """One process of TRL's GRPOTrainer."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        TrainerCallback,
-    )
-    from trl import GRPOConfig, GRPOTrainer
-
-    from lowmem_grpo.hardware import choose_compute_dtype, detect
-    from lowmem_grpo.policy.source import resolve
-
-    dtype = getattr(torch, choose_compute_dtype(detect("cpu")).value)
-    source = resolve("smollm2-135m")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    rows = [
-        {**p, "prompt": [{"role": "user", "content": p["prompt"]}]} for p in problems(work, steps)
-    ]
-
-    class Watch(TrainerCallback):
-        def __init__(self):
-            self.seconds, self.begun, self.ended = [], 0.0, 0.0
-
-        def on_train_begin(self, *_, **__):
-            self.ended = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            # From one step's end to the next: sampling happens before TRL's "step begin".
-            now = time.perf_counter()
-            self.seconds.append(now - self.ended)
-            self.ended = now
-
-    watch, peak = Watch(), PeakMemory()
-    with tempfile.TemporaryDirectory() as scratch:
-        rows_per_step = work["problems"] * work["group"]
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=tokenizer,
-            reward_funcs=lambda completions, flat, **_: reward(
-                [c[0]["content"] for c in completions], flat
-            ),
-            train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(
-                r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-            callbacks=[watch],
-            args=GRPOConfig(
-                output_dir=scratch,
-                per_device_train_batch_size=rows_per_step,
-                gradient_accumulation_steps=1,
-                steps_per_generation=1,
-                num_generations=work["group"],
-                max_completion_length=work["new_tokens"],
-                generation_kwargs={"min_new_tokens": work["new_tokens"]},
-                temperature=1.0,
-                beta=beta,
-                epsilon=SHARED["epsilon"],
-                loss_type="grpo",
-                use_bias_correction_kl=False,  # the k3 of the paper, as ours
-                scale_rewards="group",
-                learning_rate=SHARED["learning_rate"],
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                max_steps=steps,
-                shuffle_dataset=False,
-                use_cpu=True,
-                bf16=dtype == torch.bfloat16,
-                gradient_checkpointing=False,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=SHARED["seed"],
-            ),
-        )
-        peak.start()
-        trainer.train()
-    return {
-        "seconds": watch.seconds[1:],
-        "phases": {},
-        "tokens_generated": rows_per_step * work["new_tokens"],
-        "peak_bytes": peak.above,
-    }
-
-
-def child(side: str, name: str, steps: int, beta: float) -> None:
+def measure_workload(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of one workload."""
     work = WORKLOADS[name]
-    result = (run_ours if side == "ours" else run_trl)(work, steps, beta)
-    print("RESULT " + json.dumps(result), flush=True)
+    beta = work["beta"] if options.beta is None else options.beta
+    print(
+        f"{name}: {work['problems']} problems x {work['group']} completions of {work['new_tokens']}"
+        f" tokens, beta {beta:g}; rounds of {options.steps} steps",
+        flush=True,
+    )
+    request = {"workload": name, "steps": options.steps, "beta": options.beta}
+    rounds = []
+    for number in range(options.rounds):
+        pair = {side: ask(__file__, side, request) for side in SIDES}
+        rounds.append(pair)
+        print(f"  round {number + 1}: {_round_line(pair)}", flush=True)
+    compared = compare(rounds)
+    print(table(compared) + "\n", flush=True)
+    return {"beta": beta, "steps": options.steps, **compared, "rounds": rounds}
 
 
-def measure(side: str, arguments) -> dict:
-    command = [sys.executable, __file__, "--child", side, "--workload", arguments.workload]
-    command += ["--steps", str(arguments.steps), "--beta", str(arguments.beta)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    if done.returncode or not lines:
-        sys.exit(f"the {side} process failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+def _round_line(pair: dict[str, dict[str, Any]]) -> str:
+    seconds = {
+        side: median(pair[side]["steps"][i]["seconds"] for i in pair[side]["counted"])
+        for side in SIDES
+    }
+    memory = {side: peak_gib(pair[side]) for side in SIDES}
+    sides = [f"{NAMES[side]} {seconds[side]:.2f} s, {memory[side]:.2f} GiB" for side in SIDES]
+    return "; ".join(sides) + f"; ratio {seconds['trl'] / seconds['ours']:.2f} in time"
+
+
+def measure_learning(options: argparse.Namespace) -> dict[str, Any]:
+    """A run of each side for each seed; written to the file of --curves after each of them."""
+    from bench.machine import describe
+
+    until = None if options.curves else options.until_reward
+    request = {"steps": options.steps, "until": until, "learning_rate": options.learning_rate}
+    record = {"machine": describe(), "steps": options.steps, "runs": []}
+    for seed in options.seeds:
+        for side in SIDES:
+            result = ask(__file__, side, {**request, "seed": seed})
+            steps = result["steps"]
+            record["runs"].append(
+                {
+                    "side": side,
+                    "seed": seed,
+                    "startup_seconds": result["startup_seconds"],
+                    **{k: [step[k] for step in steps] for k in ("reward", "ended", "peak_bytes")},
+                }
+            )
+            if options.curves:
+                options.curves.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            print(
+                f"seed {seed}, {NAMES[side]}: {len(steps)} steps, reward "
+                f"{steps[0]['reward']:.2f} -> {steps[-1]['reward']:.2f}, "
+                f"{steps[-1]['ended'] / 60:.2f} minutes",
+                flush=True,
+            )
+    if options.until_reward is not None:
+        record["until_reward"] = options.until_reward
+        record["reached"] = time_to_reward(record["runs"], options.until_reward)
+        print(f"until a running mean reward of {options.until_reward:g}:")
+        for row in record["reached"]:
+            print(f"  {time_line(row)}", flush=True)
+    return record
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--workload", action="append", choices=[*WORKLOADS, "all"], help="default: short"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument(
+        "--steps", type=int, help="of each process: 3 (the first is not counted), when learning "
+        "at most 40, with --curves 30"
+    )  # fmt: skip
+    parser.add_argument("--beta", type=float, help="instead of the workload's own")
+    parser.add_argument("--until-reward", type=float, metavar="REWARD", help="time to reward")
+    parser.add_argument("--curves", type=Path, metavar="FILE.json", help="reward of each step")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="when learning: 0; with --curves 0 1 2"
+    )
+    parser.add_argument("--learning-rate", type=float, help="when learning: the quickstart's")
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return options
+    learning = options.curves is not None or options.until_reward is not None
+    if learning and (options.workload or options.beta is not None):
+        parser.error("--workload and --beta measure work, not learning: run it once for each")
+    if not learning and (options.seeds or options.learning_rate):
+        parser.error("--seeds and --learning-rate need --until-reward REWARD or --curves FILE.json")
+    options.learning = learning
+    kind = "curves" if options.curves else "until" if learning else "workload"
+    options.steps = STEPS[kind] if options.steps is None else options.steps
+    options.seeds = options.seeds or ([0, 1, 2] if options.curves else [0])
+    chosen = options.workload or ["short"]
+    options.workload = list(WORKLOADS) if "all" in chosen else list(dict.fromkeys(chosen))
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first is not counted")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if options.curves and not options.curves.parent.is_dir():
+        parser.error(f"--curves {options.curves}: there is no such directory, make it first")
+    if importlib.util.find_spec("trl") is None:
+        parser.error("TRL is missing: pip install 'lowmem-grpo[bench]' (Python 3.11 or newer)")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", choices=WORKLOADS, default="short")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
-    parser.add_argument(
-        "--steps", type=int, default=3, help="steps of each process; the first is not counted"
-    )
-    parser.add_argument("--beta", type=float, default=SHARED["beta"])
-    parser.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.steps < 2:
-        parser.error("--steps must be at least 2: the first is not counted")
-    if arguments.child:
-        child(arguments.child, arguments.workload, arguments.steps, arguments.beta)
+    options = parse()
+    if options.child:
+        answer(lambda request: child(options.child, request))
         return
-    rounds = []
-    for number in range(arguments.rounds):
-        pair = {side: measure(side, arguments) for side in ("ours", "trl")}
-        step = {side: statistics.median(pair[side]["seconds"]) for side in pair}
-        memory = {side: pair[side]["peak_bytes"] / 2**30 for side in pair}
-        print(
-            f"round {number + 1}: ours {step['ours']:.1f} s, {memory['ours']:.2f} GiB; "
-            f"TRL {step['trl']:.1f} s, {memory['trl']:.2f} GiB; "
-            f"ratio {step['trl'] / step['ours']:.2f} in time, "
-            f"{memory['trl'] / memory['ours']:.2f} in memory",
-            flush=True,
-        )
-        rounds.append({"step": step, "memory_gib": memory, "phases": pair["ours"]["phases"]})
-    time_ratios = [r["step"]["trl"] / r["step"]["ours"] for r in rounds]
-    memory_ratios = [r["memory_gib"]["trl"] / r["memory_gib"]["ours"] for r in rounds]
-    print(
-        json.dumps(
-            {
-                "workload": arguments.workload,
-                "beta": arguments.beta,
-                "time_ratio": statistics.median(time_ratios),
-                "time_ratio_spread": [min(time_ratios), max(time_ratios)],
-                "memory_ratio": statistics.median(memory_ratios),
-                "memory_ratio_spread": [min(memory_ratios), max(memory_ratios)],
-                "rounds": rounds,
-            }
-        )
-    )
+    if options.learning:
+        print(json.dumps(measure_learning(options)))
+        return
+    from bench.machine import describe
+
+    workloads = {name: measure_workload(name, options) for name in options.workload}
+    print(json.dumps({"machine": describe(), "workloads": workloads}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,15 +37,18 @@ def component(phase: str, module: str, rule: str = "") -> str:
     return "logits" if module.rpartition(".")[2] == "lm_head" else "activations"
 
 
-def kept_component(phase: str, before: str, *, inside: bool, recomputed: bool) -> str:
+def kept_component(
+    phase: str, before: str, *, inside: bool, adapted: bool, recomputed: bool
+) -> str:
     """What memory is for that outlives the outermost forward pass in which it was made.
 
     `before`: what it was until then. `inside`: it was made within a layer (a numbered module with
-    modules in it). In a rollout, what stays inside is the cache. What backward finds outside, when
-    it begins to compute a layer again, is the checkpoints.
+    modules in it), `adapted`: within a layer that has adapters. In a rollout, what stays of the
+    latter is the adapters' 16-bit form, and what stays inside otherwise is the cache. What backward
+    finds outside, when it begins to compute a layer again, is the checkpoints.
     """
     if before == "activations" and phase in DECODING and inside:
-        return "kv_cache"
+        return "adapters" if adapted else "kv_cache"
     if before == "activations" and recomputed and not inside:
         return "checkpoints"
     return before

@@ -354,7 +354,7 @@ class _Search:
 
     def lower(self, plan: MemoryPlan) -> bool:
         """Take one step down where the plan as a whole does not fit; False when there is none."""
-        peak = max(plan.phases, key=lambda phase: phase.peak_allocated_bytes).name
+        peak = max(plan.phases, key=lambda phase: phase.peak_reserved_bytes).name
         r = self.config.rollout
         sizes = {
             "memory.micro_batch_tokens": self._budgets(),

@@ -85,7 +85,8 @@ class Recorder:
         self._live: dict[int, _Live] = {}  # by address of the storage
         self._model: weakref.ref | None = None
         self._names: dict[int, str] = {}  # of modules and parameters, by identity
-        self._inside: set[str] = set()  # modules within a layer
+        self._inside: set[str] = set()  # modules within a layer,
+        self._adapted: set[str] = set()  # and of them those with adapters
         self._added: dict[int, int] = {}  # places of what `add` counted
         self._at = OUTSIDE
         # Modules whose forward is running: (name, whether it began within backward).
@@ -107,6 +108,7 @@ class Recorder:
         parents = {name.rpartition(".")[0] for name in self._names.values() if "." in name}
         starts = tuple(f"{name}." for name in parents if name.rpartition(".")[2].isdigit())
         self._inside = {name for name in self._names.values() if name.startswith(starts)}
+        self._adapted = {name for name in self._inside if f"{name}.base_layer" in self._inside}
         for name, parameter in modules.named_parameters():
             self._names[id(parameter)] = name.rpartition(".")[0]
 
@@ -301,9 +303,11 @@ class Recorder:
         for live in self._kept:
             if not live.ended:
                 event = self.events[live.place]
-                inside = event.module in self._inside
                 what = kept_component(
-                    event.phase, event.component, inside=inside, recomputed=recomputed
+                    *(event.phase, event.component),
+                    inside=event.module in self._inside,
+                    adapted=event.module in self._adapted,
+                    recomputed=recomputed,
                 )
                 self.events[live.place] = event._replace(component=what)
         self._kept = [] if recomputed else [live for live in self._kept if not live.ended]
@@ -319,8 +323,7 @@ class Recorder:
                 self._rename(tensor.grad, name, "adapters")
 
     def _rename(self, tensor: torch.Tensor, name: str, what: str) -> None:
-        live = self._live.get(tensor.untyped_storage()._cdata)
-        if live is not None:
+        if live := self._live.get(tensor.untyped_storage()._cdata):
             tags = {"module": name.rpartition(".")[0], "component": what}
             self.events[live.place] = self.events[live.place]._replace(**tags)
 

@@ -7,11 +7,12 @@ completion up to itself, never another completion. Positions continue from the p
 completion, so with P prompt tokens the queries of a completion of C tokens are the last C of P + C
 keys: causal with the diagonal in the lower right corner.
 
-Three backends compute this and one naive twin defines it:
+Four backends compute this and one naive twin defines it:
 
 - `flash_attn`:   flash-attn's `flash_attn_varlen_func` (Dao, arXiv 2307.08691), where installed
 - `torch_varlen`: `torch.nn.attention.varlen.varlen_attn`, the flash attention that torch carries
 - `sdpa`:         `scaled_dot_product_attention`, the completions of a group padded to their longest
+- `tiled`:        plain matrix products, for CPUs: see tiled_attention.py
 
 The flash backends see one ragged batch: prompts, and completions whose keys are gathered behind
 their prompt's. The gathered copy costs sum(P + C) rows of keys and values for one layer at a time.
@@ -32,10 +33,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from lowmem_grpo.policy.tiled_attention import tiled_attention
+
 __all__ = ["ATTENTION", "BACKENDS", "PackedLayout", "naive_attention"]
 
 ATTENTION = "lowmem_grpo"
-BACKENDS = ("flash_attn", "torch_varlen", "sdpa")
+BACKENDS = ("flash_attn", "torch_varlen", "sdpa", "tiled")
 
 
 def _attention(module, query, key, value, attention_mask, *, layout, scaling, **rest):
@@ -78,6 +81,8 @@ class PackedLayout:
         """
         if self.backend == "sdpa":
             return _sdpa(self, query, key, value, scaling, window)
+        if self.backend == "tiled":
+            return tiled_attention(self.groups, query, key, value, scaling, window)
         keys = key[0].transpose(0, 1).index_select(0, self.key_index)
         values = value[0].transpose(0, 1).index_select(0, self.key_index)
         call = _flash_attn if self.backend == "flash_attn" else _torch_varlen

@@ -32,7 +32,8 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.activations import HostBuffers, kept_on_host, set_checkpointing
 from lowmem_grpo.policy.attention import PackedLayout
 from lowmem_grpo.policy.logprobs import logits_tile, token_logprobs
-from lowmem_grpo.policy.lora import ADAPTER, lora_config
+from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
+from lowmem_grpo.policy.shared_input import SharedInput, find
 
 __all__ = ["AdapterSettings", "Policy", "attach_adapters"]
 
@@ -60,6 +61,7 @@ class Policy:
         self.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
         self.buffers = HostBuffers()
         self._offloading = False
+        self._shared: list[SharedInput] = []
         self.causal_lm = model.get_base_model()
         self.trunk = self.causal_lm.base_model
         head = self.causal_lm.get_output_embeddings()
@@ -82,9 +84,27 @@ class Policy:
 
     @contextlib.contextmanager
     def as_sampler(self):
-        """Adapters on, no gradients: the policy as it is now."""
-        with torch.no_grad():
-            yield
+        """Adapters on, no gradients: the policy as it is now. They must not change within."""
+        for shared in self._shared:
+            for layer in shared.layers:
+                layer.sampling = shared
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for shared in self._shared:
+                shared.forget()
+                for layer in shared.layers:
+                    layer.sampling = None
+
+    def share_inputs(self, forward) -> None:
+        """Let layers that are given the same tensor sample together; `forward()` shows which."""
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
+        self._shared = find(layers, forward)
+
+    def sampler_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """What the sampler keeps beside the model, by name."""
+        return [named for shared in self._shared for named in shared.tensors()]
 
     @contextlib.contextmanager
     def as_trainable(self, *, checkpointing: bool = False, offloading: bool = False):

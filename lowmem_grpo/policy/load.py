@@ -152,8 +152,8 @@ def _set_dtype(model, dtype):
 
 
 def check_forward(policy: Policy, name: str) -> None:
-    """Compare packed and plain logits on a dozen tokens. Raises ModelError where they differ by
-    more than rounding.
+    """Compare packed and plain logits on a dozen tokens, and those of the sampler. Raises
+    ModelError where they differ by more than rounding.
     """
     vocab = policy.head_weight_VD.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -163,9 +163,14 @@ def check_forward(policy: Policy, name: str) -> None:
         policy.device
     )
     kind = f"{name} ({type(policy.causal_lm).__name__})"
+
+    def packed():
+        return policy.logits(policy.hidden(ids, positions, policy.layout([(5, (3, 4))])))
+
     with policy.as_reference(), quiet_libraries():
         try:
-            packed = policy.logits(policy.hidden(ids, positions, policy.layout([(5, (3, 4))])))
+            policy.share_inputs(packed)
+            ours = packed()
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, RuntimeError, TypeError) as error:
@@ -181,8 +186,11 @@ def check_forward(policy: Policy, name: str) -> None:
             ]
         finally:
             policy.causal_lm.set_attn_implementation(ATTENTION)
+    with policy.as_sampler():
+        sampled = packed()
     # Row by row: where something leaks from one completion into the next, only the second differs.
-    rows = (packed[:8], plain[0]), (packed[8:], plain[1][5:])
+    # Fresh adapters add nothing, so the sampler's logits are the base's.
+    rows = (ours[:8], plain[0]), (ours[8:], plain[1][5:]), (sampled, ours)
     error = torch.stack([(a - b).norm() / b.norm() for a, b in rows]).max().item()
     # Rounding alone gives 1e-6 in float32; 0.023 in bfloat16 on SmolLM2-135M's thirty layers.
     limit = 1e-3 if policy.dtype == torch.float32 else 7e-2

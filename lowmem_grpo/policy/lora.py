@@ -44,9 +44,12 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
+        self.sampling = None  # while sampling, what computes the layer with its neighbours
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.sampling is not None and self.sampling.takes(x):
+            return self.sampling(self, x)
         # Two dimensions: of three, a base with a bias returns a view made inside its own autograd
         # function, and such a view may not be added into.
         rows = x.flatten(0, -2)

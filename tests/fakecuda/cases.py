@@ -178,6 +178,7 @@ CASES = {
     "nothing recomputed": partial(run, "llama", checkpointing=False),
     "inputs on the host": partial(run, "llama", offloading=True),
     "sdpa": partial(run, "llama", backend="sdpa"),
+    "tiled": partial(run, "llama", backend="tiled"),
     "index on the CPU": partial(run, "llama", layout=IndexOnTheCpu),
     "lengths on the CPU": partial(run, "llama", layout=LengthsOnTheCpu),
 }

@@ -64,6 +64,7 @@ def parts(config, built, card, attention, *, short, offloading=False, checkpoint
         ("qwen2", CARD, "torch_varlen", {}),
         ("qwen3", CARD, "torch_varlen", {"checkpointing": False}),
         ("llama", HOST, "sdpa", {}),
+        ("llama", HOST, "tiled", {}),
     ],
 )
 def test_a_short_trace_made_deep_is_the_deep_one(

@@ -22,7 +22,7 @@ def cases(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "case", ["llama", "qwen2", "qwen3", "nothing recomputed", "inputs on the host", "sdpa"]
+    "case", ["llama", "qwen2", "qwen3", "nothing recomputed", "inputs on the host", "sdpa", "tiled"]
 )
 def test_a_step_runs_on_cuda_and_keeps_float32_adapters(cases, case):
     found = cases[case]

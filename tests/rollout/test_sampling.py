@@ -117,6 +117,27 @@ def test_tokens_of_probability_zero_are_never_drawn(u):
         assert logprobs.isfinite().all()
 
 
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000])
+def test_large_vocabularies_are_inverted_as_small_ones_are(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 4 * torch.randn(400, vocab, generator=generator)
+    # Most tokens are impossible, those at the ends of blocks among them.
+    logits[200:] = logits[200:].where(
+        torch.rand(200, vocab, generator=generator) < 0.02, -torch.inf
+    )
+    logits[200:, vocab // 2] = 0.0
+    u = torch.rand(400, generator=generator, dtype=torch.float64)
+    u[::4], u[1::4] = 0.0, 1.0 - 2.0**-53
+    tokens, logp = choose(logits.clone(), u, Sampling())
+    assert logp.isfinite().all()
+    p = logits.double().softmax(1).numpy()
+    for row, token in enumerate(tokens.tolist()):
+        cumulative = p[row].cumsum()
+        assert p[row, token] > 0
+        assert cumulative[token] > u[row] * cumulative[-1] - 1e-6
+        assert cumulative[token] - p[row, token] <= u[row] * cumulative[-1] + 1e-6
+
+
 def test_one_token_left_has_log_prob_zero():
     logits = torch.full((2, 7), -torch.inf)
     logits[:, 3] = 1.5
