@@ -103,22 +103,27 @@ class WaveCache:
         _, heads, rows, size = query.shape
         kv_heads = key.shape[1]
         if layer not in self.own:
-            shape = rows, kv_heads, self.capacity, size
-            # Zeros: places that are masked are multiplied all the same.
-            self.own[layer] = key.new_zeros(shape), value.new_zeros(shape)
+            # Zeros: places that are masked are multiplied all the same. Keys lie with their tokens
+            # last: a part of them, transposed, is what a product on a CPU would copy first.
+            of_keys, of_values = (size, self.capacity), (self.capacity, size)
+            self.own[layer] = (
+                key.new_zeros(rows, kv_heads, *of_keys),
+                value.new_zeros(rows, kv_heads, *of_values),
+            )
         own_key, own_value = self.own[layer]
-        own_key[:, :, self.tokens] = key[0].transpose(0, 1)
+        own_key[..., self.tokens] = key[0].transpose(0, 1)
         own_value[:, :, self.tokens] = value[0].transpose(0, 1)
         seen = slice(0, self._seen())
         # An exact sixteenth (rather than `scaling`, which would round): unscaled products of models
         # with large key biases leave float16's range.
         query = query[0].transpose(0, 1) / 16
         query_RKrE = query.reshape(rows, kv_heads, heads // kv_heads, size)
-        own_scores = query_RKrE @ own_key[:, :, seen].transpose(2, 3)
+        own_scores = query_RKrE @ own_key[..., seen]
         prompt_key, prompt_value = self.prompts[layer]
         prompt_scores = self._ungroup(self._group(query_RKrE) @ prompt_key.transpose(2, 3))
-        scores = torch.cat([prompt_scores, own_scores], -1).float().mul_(16 * scaling)
-        scores.masked_fill_(self._hidden(window)[:, None, None], -torch.inf)
+        scores = torch.cat([prompt_scores, own_scores], -1)
+        # In float32, as what hides is: one pass converts, scales and hides.
+        scores = torch.add(self._hidden(window), scores, alpha=16 * scaling)
         weights = scores.softmax(-1).to(query.dtype)
         from_prompt = self._ungroup(self._group(weights[..., : self.longest]) @ prompt_value)
         from_own = weights[..., self.longest :] @ own_value[:, :, seen]
@@ -129,7 +134,9 @@ class WaveCache:
         return min(padded_length(self.tokens + 1), self.capacity)
 
     def _hidden(self, window) -> torch.Tensor:
-        """bool [R, P + places of a completion]: the keys that a row must not see."""
+        """float32 [R, 1, 1, P + places of a completion]: -inf at the keys that a row must not see, 0
+        at the others.
+        """
         if self._hidden_for == (self.tokens, self.problem_R.numel(), window):
             return self._hidden_mask
         prompt_P = torch.arange(self.longest, device=self.device)
@@ -141,9 +148,11 @@ class WaveCache:
             here_R1 = lengths_R1 + self.tokens
             place = torch.cat([prompt_P.expand(lengths_R1.shape[0], -1), lengths_R1 + own_T], 1)
             hidden |= place <= here_R1 - window
+        hides = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
         # All layers of one token share it (those with and without a window take turns at worst).
-        self._hidden_for, self._hidden_mask = (self.tokens, self.problem_R.numel(), window), hidden
-        return hidden
+        self._hidden_for = (self.tokens, self.problem_R.numel(), window)
+        self._hidden_mask = hides[:, None, None]
+        return self._hidden_mask
 
     _hidden_for = None
 
