@@ -104,7 +104,22 @@ class FewTiles(Scoring):
             forbidden_N=batch.no_end_N[kept],
         )
         rest = 0, rows - logprobs.shape[0]
+        if logprobs.requires_grad:  # of each row a direction is kept
+            logprobs = _Beside.apply(logprobs, torch.empty_like(hidden_ND[: rest[1]]))
         return torch.nn.functional.pad(logprobs, rest), torch.nn.functional.pad(entropy, rest)
+
+
+class _Beside(torch.autograd.Function):
+    """Hands on its first argument, and keeps the second for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        ctx.save_for_backward(kept)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 class CountedBuffers(HostBuffers):

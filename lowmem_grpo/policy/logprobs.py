@@ -5,14 +5,24 @@ For hidden rows h, head weights W, temperature tau and z = h W^T / tau:
     logp(y) = z_y - lse(z)                  lse(z) = log sum_v exp z_v
     H       = lse(z) - sum_v p_v z_v        p = softmax(z)
 
-Both passes walk tiles of (rows x vocabulary). The forward pass keeps three numbers a row: a running
+Tiles of (rows x vocabulary) are walked. The forward pass keeps three numbers a row: a running
 maximum, sum exp(z - max) and sum exp(z - max) z (the online softmax of Milakov and Gimelshein,
-arXiv 1805.02867). The backward pass computes each tile of logits again and turns it, in place, into
-its gradient
+arXiv 1805.02867). How logp changes with h does not depend on what is made of logp,
+
+    d logp(y) / dh = (1 - p_y) W_y / tau - sum_{v != y} p_v W_v / tau
+
+so where a gradient will be wanted the forward pass sums that up as well, while it has each tile:
+one product of a tile more there, and the backward pass has none (it would compute the logits again
+and multiply once more). W_y stands apart because 1 - p_y of a likely token would lose its digits
+in a sum.
+
+With `entropy_gradient` the backward pass does compute each tile of logits again, and turns it, in
+place, into its gradient
 
     dz_v = g_logp (1[v = y] - p_v)  -  g_H p_v (log p_v + H)
 
-so what is alive beyond inputs and outputs is one tile of logits, whatever the number of rows.
+What is alive beyond inputs, outputs and one direction a row is one tile of logits, whatever the
+number of rows.
 
 Left out: gradients of the head (the base is frozen; a head that asks for one is refused).
 
@@ -34,6 +44,7 @@ def token_logprobs(
     bias_V: torch.Tensor | None = None,
     forbidden_ids: tuple[int, ...] = (),
     forbidden_N: torch.Tensor | None = None,
+    entropy_gradient: bool = False,
     tile_tokens: int = 1024,
     tile_vocab: int = 16384,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +53,8 @@ def token_logprobs(
     `hidden_ND` and `weight_VD` share a floating dtype and device; `targets_N` is int64. The
     products run in that dtype; everything after them is float32. In rows where `forbidden_N` (bool)
     is true the tokens `forbidden_ids` have probability zero: the sampler's "no end yet" rule,
-    scored as it was sampled. Both results are differentiable with respect to `hidden_ND`.
+    scored as it was sampled. Log-probabilities are differentiable with respect to `hidden_ND`, and
+    entropies with `entropy_gradient`.
 
     Raises ValueError for a head that requires gradients, a temperature that is not positive, or a
     shape mismatch.
@@ -63,6 +75,7 @@ def token_logprobs(
         1.0 / temperature,
         forbidden_ids,
         forbidden_N if forbidden_ids else None,
+        entropy_gradient,
         tile_tokens,
         tile_vocab,
     )
@@ -105,7 +118,17 @@ def logits_tile(hidden_nD, weight_vD, bias_v=None, scale: float = 1.0) -> torch.
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_ND, weight_VD, bias_V, targets_N, scale, banned, banned_N, tile_n, tile_v
+        ctx,
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        targets_N,
+        scale,
+        banned,
+        banned_N,
+        entropy,
+        tile_n,
+        tile_v,
     ):
         rows = hidden_ND.shape[0]
         logp_N = torch.empty(rows, dtype=torch.float32, device=hidden_ND.device)
@@ -113,6 +136,8 @@ class _TokenLogprobs(torch.autograd.Function):
         lse_N = torch.empty_like(logp_N)
         ctx.tiles = scale, banned, tile_n, tile_v
         ctx.set_materialize_grads(False)
+        directed = ctx.needs_input_grad[0] and not entropy
+        direction_ND = torch.empty_like(hidden_ND) if directed else None
         for low in range(0, rows, tile_n):
             row = slice(low, min(low + tile_n, rows))
             h_nD, y_n = hidden_ND[row], targets_N[row]
@@ -120,6 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
             sum_n = torch.zeros_like(max_n)
             dot_n = torch.zeros_like(max_n)
             chosen_n = torch.full_like(max_n, torch.nan)  # a target outside the vocabulary shows
+            others_nD = h_nD.new_zeros(h_nD.shape, dtype=torch.float32) if directed else None
             for start in range(0, weight_VD.shape[0], tile_v):
                 z_nv = _tile(ctx.tiles, h_nD, weight_VD, bias_V, banned_N, row, start)
                 inside_n, local_n = _locate(y_n, start, z_nv.shape[1])
@@ -136,16 +162,38 @@ class _TokenLogprobs(torch.autograd.Function):
                 dot_n = (dot_n + moved_n) * shrink_n + z_nv.mul_(p_nv).sum(1)
                 sum_n = sum_n * shrink_n + p_nv.sum(1)
                 max_n = new_max_n
-                del z_nv, p_nv  # before the next tile is made
+                del z_nv  # before another of its size is made
+                if directed:
+                    other_n = torch.where(inside_n, 0.0, p_nv.gather(1, local_n[:, None])[:, 0])
+                    p_nv.scatter_(1, local_n[:, None], other_n[:, None])
+                    q_nv = p_nv.to(weight_VD.dtype)
+                    others_nD.mul_(shrink_n[:, None])
+                    others_nD += q_nv @ weight_VD[start : start + tile_v]
+                    del q_nv
+                del p_nv
             lse_N[row] = max_n + sum_n.log()
             logp_N[row] = chosen_n - lse_N[row]
             entropy_N[row] = sum_n.log() - dot_n / sum_n
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N)
+            if directed:
+                own_nD = weight_VD[y_n.clamp(0, weight_VD.shape[0] - 1)]
+                others_nD.div_(-sum_n[:, None])
+                others_nD.addcmul_(own_nD, -logp_N[row, None].expm1())
+                direction_ND[row] = others_nD.mul_(scale)
+                del own_nD, others_nD
+        if directed:
+            ctx.mark_non_differentiable(entropy_N)
+            ctx.save_for_backward(direction_ND)
+        else:
+            ctx.save_for_backward(
+                hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N
+            )
         return logp_N, entropy_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp_N, grad_entropy_N):
+        if len(ctx.saved_tensors) == 1:
+            return _along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 9
         hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
         scale, _, tile_n, tile_v = ctx.tiles
         if grad_logp_N is None:
@@ -174,7 +222,16 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_nD += d_nv @ weight_VD[start : start + tile_v]
                 del d_nv
             grad_ND[row] = grad_nD.mul_(scale)
-        return grad_ND, None, None, None, None, None, None, None, None
+        return grad_ND, *(None,) * 9
+
+
+def _along(direction_ND, grad_N, tile_n):
+    """The gradient of the hidden states: each row's direction as long as its log-prob asks for."""
+    grad_ND = torch.empty_like(direction_ND)
+    for low in range(0, len(grad_N), tile_n):
+        row = slice(low, low + tile_n)
+        grad_ND[row] = direction_ND[row] * grad_N[row, None]  # in float32
+    return grad_ND
 
 
 def _tile(tiles, h_nD, weight_VD, bias_V, banned_N, row, start):

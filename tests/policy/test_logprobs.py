@@ -27,6 +27,8 @@ def make(rows, hidden, vocab, *, seed=0, bias=False, spread=1.0):
 def run(function, inputs, weights, **options):
     """(log-probs, entropies, gradient) where the gradient is of a weighted sum of both results."""
     hidden_ND, weight_VD, targets_N, bias_V = inputs
+    if function is token_logprobs:
+        options["entropy_gradient"] = bool(weights[1].any())
     hidden_ND = hidden_ND.detach().requires_grad_()
     logp_N, entropy_N = function(hidden_ND, weight_VD, targets_N, bias_V=bias_V, **options)
     loss = sum((w * x).sum() for w, x in zip(weights, (logp_N, entropy_N), strict=True) if w.any())
@@ -40,13 +42,17 @@ def row_weights(rows, seed=1):
 
 
 def assert_equal(inputs, tiles, weights=None, **options):
-    """Tiled and naive agree in value and gradient, in float32."""
+    """Tiled and naive agree in value and gradient, in float32, with an entropy's gradient and
+    without, which are two ways to compute it.
+    """
     weights = row_weights(inputs[0].shape[0]) if weights is None else weights
-    expected = run(naive_token_logprobs, inputs, weights, **options)
-    found = run(token_logprobs, inputs, weights, **options, **tiles)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == torch.float32
-        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
+    alone = weights * torch.tensor([[1.0], [0.0]])
+    for wanted in (weights, alone) if alone.any() else (weights,):
+        expected = run(naive_token_logprobs, inputs, wanted, **options)
+        found = run(token_logprobs, inputs, wanted, **options, **tiles)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (3, 7), (4, 16), (1000, 1000)])
@@ -117,12 +123,16 @@ def test_logits_far_apart_do_not_overflow():
     assert grad_ND.isfinite().all()
 
 
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("spread", [4.0, 40.0])  # of the latter most tokens are all but certain
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_bfloat16_is_no_further_from_the_truth_than_full_logits_are(temperature):
-    hidden_ND, weight_VD, targets_N, _ = make(61, 64, 997, spread=4.0)
+def test_bfloat16_is_no_further_from_the_truth_than_full_logits_are(temperature, spread, entropy):
+    hidden_ND, weight_VD, targets_N, _ = make(61, 64, 997, spread=spread)
+    likely_N = (hidden_ND @ weight_VD.T).argmax(1)
+    targets_N = torch.where(torch.arange(61) % 2 > 0, likely_N, targets_N)
     rounded = hidden_ND.detach().bfloat16(), weight_VD.bfloat16(), targets_N, None
     exact = rounded[0].to(TRUTH), rounded[1].to(TRUTH), targets_N, None
-    weights = row_weights(61)
+    weights = row_weights(61) * torch.tensor([[1.0], [float(entropy)]])
     options = {"temperature": temperature}
     truth = run(_float64_logprobs, exact, weights, **options)
     naive = run(naive_token_logprobs, rounded, weights, **options)
@@ -171,13 +181,18 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def extra_bytes(function, rows, **tiles) -> int:
+def extra_bytes(function, rows, *, entropy=True, **tiles) -> int:
     """Peak of forward and backward beyond the inputs, the two results and the gradient."""
     hidden_ND, weight_VD, targets_N, _ = make(rows, 16, 500)
     grads_N = row_weights(rows)
+    if function is token_logprobs:
+        tiles["entropy_gradient"] = entropy
     with LiveBytes(hidden_ND, weight_VD, targets_N, grads_N) as live:
         logp_N, entropy_N = function(hidden_ND, weight_VD, targets_N, **tiles)
-        torch.autograd.backward((logp_N, entropy_N), tuple(grads_N))
+        if entropy:
+            torch.autograd.backward((logp_N, entropy_N), tuple(grads_N))
+        else:
+            logp_N.backward(grads_N[0])
     results = sum(x.untyped_storage().nbytes() for x in (logp_N, entropy_N, hidden_ND.grad))
     return live.peak - results
 
@@ -195,6 +210,22 @@ def test_peak_memory_does_not_grow_with_the_number_of_tokens():
     assert grown[2] - grown[1] >= 2 * full
 
 
+def test_without_an_entropy_s_gradient_one_direction_a_row_is_kept():
+    tiles = {"tile_tokens": 32, "tile_vocab": 128, "entropy": False}
+    once, twice, four = (extra_bytes(token_logprobs, 64 * n, **tiles) for n in (1, 2, 4))
+    assert once < 2.5 * (32 * 128 * 4) + 64 * 16 * 4
+    assert twice - once <= 64 * (16 * 4 + 4)  # 16 hidden features
+    assert four - twice <= 128 * (16 * 4 + 4)
+
+
+def test_entropies_have_no_gradient_unless_asked():
+    inputs = make(3, 8, 20)[:3]
+    logp_N, entropy_N = token_logprobs(*inputs)
+    assert logp_N.requires_grad
+    assert not entropy_N.requires_grad
+    assert token_logprobs(*inputs, entropy_gradient=True)[1].requires_grad
+
+
 def test_a_smaller_tile_needs_less():
     wide = extra_bytes(token_logprobs, 64, tile_tokens=32, tile_vocab=256)
     narrow = extra_bytes(token_logprobs, 64, tile_tokens=32, tile_vocab=64)
@@ -206,7 +237,7 @@ def test_no_rows():
         torch.empty(0, 4, requires_grad=True), torch.randn(9, 4), torch.empty(0, dtype=torch.int64)
     )
     assert logp_N.shape == entropy_N.shape == (0,)
-    (logp_N.sum() + entropy_N.sum()).backward()
+    logp_N.sum().backward()
 
 
 def test_a_target_outside_the_vocabulary_shows():
