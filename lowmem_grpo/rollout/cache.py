@@ -134,7 +134,7 @@ class WaveCache:
         return min(padded_length(self.tokens + 1), self.capacity)
 
     def _hidden(self, window) -> torch.Tensor:
-        """float32 [R, 1, 1, P + places of a completion]: -inf at what a row must not see, else 0."""
+        """float32 [R, 1, 1, P + places of a completion]: -inf where a row must not look, else 0."""
         if self._hidden_for == (self.tokens, self.problem_R.numel(), window):
             return self._hidden_mask
         prompt_P = torch.arange(self.longest, device=self.device)
