@@ -151,16 +151,16 @@ class Policy:
         """Full logits [N, V] in float32, for sampling: N is a handful of last positions."""
         return logits_tile(hidden_ND, self.head_weight_VD, self.head_bias_V)
 
-    def score(self, hidden_ND, targets_N, *, temperature=1.0, forbidden_ids=(), forbidden_N=None):
-        """Log-probabilities and entropies [N] of target tokens, by tiles; see `token_logprobs`."""
+    def score(self, hidden_ND, targets_N, **options):
+        """Log-probabilities and entropies [N] of target tokens, by tiles; `options`: see
+        `token_logprobs`.
+        """
         return token_logprobs(
             hidden_ND,
             self.head_weight_VD,
             targets_N,
             bias_V=self.head_bias_V,
-            temperature=temperature,
-            forbidden_ids=forbidden_ids,
-            forbidden_N=forbidden_N,
+            **options,
             **self.tiles,
         )
 

@@ -152,8 +152,9 @@ def _set_dtype(model, dtype):
 
 
 def check_forward(policy: Policy, name: str) -> None:
-    """Compare packed and plain logits on a dozen tokens, and those of the sampler. Raises
-    ModelError where they differ by more than rounding.
+    """Compare packed and plain logits on a dozen tokens, and those of the sampler, whose layers
+    that share an input are found on the way. Raises ModelError where they differ by more than
+    rounding.
     """
     vocab = policy.head_weight_VD.shape[0]
     generator = torch.Generator().manual_seed(0)

@@ -136,7 +136,7 @@ class _TokenLogprobs(torch.autograd.Function):
         lse_N = torch.empty_like(logp_N)
         ctx.tiles = scale, banned, tile_n, tile_v
         ctx.set_materialize_grads(False)
-        directed = ctx.needs_input_grad[0] and not entropy
+        directed = ctx.directed = ctx.needs_input_grad[0] and not entropy
         direction_ND = torch.empty_like(hidden_ND) if directed else None
         for low in range(0, rows, tile_n):
             row = slice(low, min(low + tile_n, rows))
@@ -192,7 +192,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp_N, grad_entropy_N):
-        if len(ctx.saved_tensors) == 1:
+        if ctx.directed:
             return _along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 9
         hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
         scale, _, tile_n, tile_v = ctx.tiles

@@ -90,7 +90,8 @@ def test_with_less_memory_less_is_done_at_once_and_it_still_fits(model):
 
 
 def test_the_next_larger_value_would_not_fit(model):
-    config, _ = settled(model, SMALL, **LONG)
+    config, chosen = settled(model, SMALL, **LONG)
+    assert chosen.headroom_bytes >= SMALL.margin_bytes
     r = config.rollout
     sizes = rollout_sizes(r.problems_per_step, r.num_generations)
     more = next(n for n in sizes if n > config.memory.rollout_batch_size)

@@ -233,11 +233,11 @@ def test_a_smaller_tile_needs_less():
 
 
 def test_no_rows():
-    logp_N, entropy_N = token_logprobs(
-        torch.empty(0, 4, requires_grad=True), torch.randn(9, 4), torch.empty(0, dtype=torch.int64)
-    )
+    inputs = torch.empty(0, 4, requires_grad=True), torch.randn(9, 4), torch.empty(0).long()
+    logp_N, entropy_N = token_logprobs(*inputs, entropy_gradient=True)
     assert logp_N.shape == entropy_N.shape == (0,)
-    logp_N.sum().backward()
+    (logp_N.sum() + entropy_N.sum()).backward()
+    token_logprobs(*inputs)[0].sum().backward()
 
 
 def test_a_target_outside_the_vocabulary_shows():
