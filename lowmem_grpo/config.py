@@ -42,6 +42,8 @@ class ModelConfig(_Section):
     """What matrix products and activations run in; auto follows the hardware."""
     attention: Literal["auto", "flash_attn", "torch_varlen", "sdpa", "tiled"] = "auto"
     """Backend of the shared-prefix attention; auto follows the hardware."""
+    lm_head_bits: Literal[8, 16] = 16
+    """Of the output head; 16 is the compute dtype. 8 is another model, in every role alike."""
     chat_template: str | None = None
     """A file with a chat template, for a model that has none."""
 
@@ -163,12 +165,20 @@ class MemoryConfig(_Section):
     """Keep each layer's input only and compute the layer again in backward."""
     activation_offloading: bool | Auto = "auto"
     """Keep the layers' inputs in pinned host memory; needs gradient_checkpointing."""
+    offload_overlap: bool | Auto = "auto"
+    """Copy them beside the layers' kernels: one layer's input more on the card."""
+    mlp_tile_tokens: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Tokens that an MLP computes at a time, forward and backward; 0: all of them."""
     logits_tile_tokens: Positive | Auto = "auto"
     """Rows of one tile of the LM head."""
     logits_tile_vocab: Positive | Auto = "auto"
     """Columns of one tile of the LM head."""
     rollout_batch_size: Positive | Auto = "auto"
     """Completions decoded at once."""
+    kv_cache_bits: Literal[8, 16] | Auto = "auto"
+    """Of the sampler's keys and values; 16 is the compute dtype. 8 samples from a rounded cache."""
+    embedding_on_host: bool | Auto = "auto"
+    """Keep the input embedding in host memory; not for models whose head is the same weight."""
 
     @model_validator(mode="after")
     def _something_to_offload(self) -> MemoryConfig:

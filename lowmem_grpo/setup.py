@@ -62,6 +62,10 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
         tile_tokens=config.memory.logits_tile_tokens,
         tile_vocab=config.memory.logits_tile_vocab,
         chat_template=config.model.chat_template,
+        mlp_tile=config.memory.mlp_tile_tokens,
+        cache_bits=config.memory.kv_cache_bits,
+        embedding_on_host=config.memory.embedding_on_host,
+        lm_head_bits=config.model.lm_head_bits,
     )
     if adapter is not None:
         policy.load_adapter_state(read_adapter(adapter))
@@ -102,6 +106,7 @@ def update_settings(config: Config) -> dict[str, Any]:
         "beta": config.grpo.beta,
         "checkpointing": config.memory.gradient_checkpointing,
         "offloading": config.memory.activation_offloading,
+        "overlapping": config.memory.offload_overlap,
     }
 
 

@@ -96,6 +96,7 @@ def accumulate(
     beta: float,
     checkpointing: bool,
     offloading: bool = False,
+    overlapping: bool = False,
     loss_scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> UpdateStats:
@@ -103,7 +104,9 @@ def accumulate(
     stats = UpdateStats()
     for cpu_batch in batches:
         batch = cpu_batch.to(policy.device)
-        with policy.as_trainable(checkpointing=checkpointing, offloading=offloading):
+        with policy.as_trainable(
+            checkpointing=checkpointing, offloading=offloading, overlapping=overlapping
+        ):
             logprobs_N, entropy_N = scoring(policy, batch)
             inputs = ObjectiveInputs(
                 logprobs_N=logprobs_N,

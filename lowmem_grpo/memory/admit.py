@@ -9,8 +9,9 @@ from collections.abc import Callable
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import PlanError
 from lowmem_grpo.memory.card import PlanCard
+from lowmem_grpo.memory.largest import largest, least_value
 from lowmem_grpo.memory.plan import MemoryPlan, Planner
-from lowmem_grpo.memory.settle import largest, least_value, settle
+from lowmem_grpo.memory.settle import settle
 
 MOST_TRIES = 6
 

@@ -31,7 +31,8 @@ def decode(policy, wave: Wave, r, recorder, places: int | None = None) -> None:
     )
     last = max(wave.tokens - 1, 1)
     with policy.as_sampler():
-        cache = WaveCache(lengths, [wave.rows] * len(lengths), max(wave.capacity - 1, 1), device)
+        counts, capacity = [wave.rows] * len(lengths), max(wave.capacity - 1, 1)
+        cache = WaveCache(lengths, counts, capacity, device, policy.cache_bits)
         uniforms_RC = torch.empty(rows, wave.capacity, dtype=torch.float64, device=device)
         layout = Prefill(cache, policy.layout([(length, ()) for length in lengths]))
         ids_T = torch.empty(sum(lengths), dtype=torch.int64, device=device)

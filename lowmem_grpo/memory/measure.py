@@ -134,7 +134,7 @@ class Gauge:
 
 def alive(policy, optimizer=None) -> list[tuple[str, torch.Tensor]]:
     """The tensors by name that live through all phases: weights, adapters, gradients, moments."""
-    found = [*named_tensors(policy.model), *policy.sampler_tensors()]
+    found = [*named_tensors(policy.model), *policy.tensors_beside()]
     parameters = policy.adapter_parameters()
     found += [(name, p.grad) for name, p in parameters.items() if p.grad is not None]
     if optimizer is not None:

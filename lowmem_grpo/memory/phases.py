@@ -31,12 +31,20 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.decoding import decode
+from lowmem_grpo.memory.joining import Part, again, layers_by_name, together, without_host
 from lowmem_grpo.memory.layers import alike, base_id, deepened, shortened
 from lowmem_grpo.memory.rules import CudaRules, StandInAdam8bit
 from lowmem_grpo.memory.shapes import Batch, Shapes, Wave, groups_of, packed
 from lowmem_grpo.memory.simulate import add_up
-from lowmem_grpo.memory.trace import OUTSIDE, Recorder, layer_number
-from lowmem_grpo.memory.unreal import HOST, CountedBuffers, FewTiles, Scaler, Values
+from lowmem_grpo.memory.trace import Recorder
+from lowmem_grpo.memory.unreal import (
+    CountedBuffers,
+    FewTiles,
+    Scaler,
+    Values,
+    counted_table,
+)
+from lowmem_grpo.policy.base import Policy
 from lowmem_grpo.policy.load import check_forward
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
 from lowmem_grpo.setup import adapter_settings, open_optimizer, update_settings
@@ -48,41 +56,27 @@ PHASES = ("load", "rollout", "reference", "update", "optimizer", "evaluation")
 DECODED = 4  # tokens on the way, where a few are enough
 SMALLEST = (((2, (2,)),),)  # micro-batches: a prompt and a completion of two tokens
 COUNTER = 4  # bytes of the number in which AdamW counts the steps of a parameter
-PART, STEP = 1 << 40, 1 << 50  # between the ids of two parts of a step, and of two steps
 
 
 class Traced(NamedTuple):
     """The events of loading and two steps. `adapter_bytes` and `optimizer_bytes`: what a checkpoint
-    copies to the host; `pinned_bytes`: the most that lies there during an update.
+    copies to the host; `host_bytes`: the most that lies there otherwise, during an update.
     """
 
     events: list[Event]
     adapter_bytes: int
     optimizer_bytes: int
-    pinned_bytes: int
+    host_bytes: int
 
 
 class Alone(NamedTuple):
     """The events of one phase, and the bytes that are alive all the while: weights and moments.
-    `pinned_bytes`: see `Traced`.
+    `host_bytes`: see `Traced`.
     """
 
     events: list[Event]
     around_bytes: int
-    pinned_bytes: int
-
-
-class _Part(NamedTuple):
-    """Events that are put together with others'. `gradients`: ids of those that are left alive, or
-    that are met, in the order of the parameters. `kept`: bytes of what is left; `pinned`: the most
-    that lay on the host.
-    """
-
-    events: list[Event]
-    workspaces: dict[tuple[str, bool], int]
-    gradients: tuple[int, ...] = ()
-    kept: int = 0
-    pinned: int = 0
+    host_bytes: int
 
 
 class _UnlikeError(Exception):
@@ -108,22 +102,24 @@ class Phases:
         self._fake = contextlib.nullcontext() if self._cuda else FakeTensorMode()
         self._short = alike(model_config)
         self._policy = None
+        self._ends: tuple[bool, int] | None = None  # see `_ready`
+        self._policies: dict[tuple[bool, int], Policy] = {}
         self._shapes: list[torch.Size] = []  # of the adapters' parameters
-        self._parts: dict[tuple, _Part] = {}
+        self._parts: dict[tuple, Part] = {}
 
     def trace(self, config: Config, shapes: Shapes, steps: int = 2) -> Traced:
         """Loading and one or two steps of these shapes, under the memory settings of `config`."""
-        load = self._part(self._load)
-        rollout = self._part(self._roll_out, "rollout", shapes.rollout, None)
+        load = self._ready(config)
+        rollout = self._rolled(config, "rollout", shapes.rollout)
         score = self._scored(config, shapes.batches)
         optimizer = self._part(self._step)
         parts = [load, rollout, score, optimizer]
         if shapes.evaluation is not None:
-            parts.append(self._part(self._roll_out, "evaluation", shapes.evaluation, None))
-        events = _together(parts, score, optimizer)
+            parts.append(self._rolled(config, "evaluation", shapes.evaluation))
+        events = together(parts, score, optimizer)
         step = [event for event in events if event.phase != "load"]
-        again = _again(step) if steps > 1 else []
-        return Traced(events + again, score.kept, optimizer.kept, score.pinned)
+        repeated = again(step) if steps > 1 else []
+        return Traced(events + repeated, score.kept, optimizer.kept, load.host + score.host)
 
     def alone(self, config: Config, shapes: Wave | tuple[Batch, ...]) -> Alone:
         """One phase by itself: a wave of the sampler, or reference and update of micro-batches.
@@ -131,23 +127,23 @@ class Phases:
         Faster than `trace`, and nearly as exact: a wave is decoded at fewer places, a few tiles of
         the head stand for all, and the reference, which takes less than the update, is left out.
         """
-        load = self._part(self._load)
+        load = self._ready(config)
         if isinstance(shapes, Wave):
-            part = self._part(self._roll_out, "rollout", shapes, DECODED)
+            part = self._rolled(config, "rollout", shapes, DECODED)
         else:
             part = self._scored(config, shapes, few=True)
         around = load.kept + self._optimizer(config).kept
-        return Alone(part.events, around, part.pinned)
+        return Alone(part.events, around, load.host + part.host)
 
     def optimizer_alone(self, config: Config) -> Alone:
         """The optimizer's step, with all gradients alive around it."""
-        load, step = self._part(self._load), self._optimizer(config)
+        load, step = self._ready(config), self._optimizer(config)
         gradients = sum(4 * shape.numel() for shape in self._shapes)
         known = set(step.gradients)
         events = [event for event in step.events if event.id not in known]
-        return Alone(events, load.kept + gradients, 0)
+        return Alone(events, load.kept + gradients, load.host)
 
-    def _optimizer(self, config: Config) -> _Part:
+    def _optimizer(self, config: Config) -> Part:
         if not self._shapes:  # of the gradients, from which the optimizer's state follows
             self._scored(config, SMALLEST, few=True)
         return self._part(self._step)
@@ -157,20 +153,32 @@ class Phases:
         kept = self._load.__name__, self._step.__name__
         self._parts = {key: part for key, part in self._parts.items() if key[0] in kept}
 
-    def _scored(self, config: Config, batches: tuple[Batch, ...], few: bool = False) -> _Part:
+    def _ready(self, config: Config) -> Part:
+        """Loading; the policy with its ends as configured is there for the other phases."""
+        self._ends = config.memory.embedding_on_host, config.model.lm_head_bits
+        load = self._part(self._load)
+        self._policy = self._policies[self._ends]
+        return load
+
+    def _rolled(self, config: Config, name: str, wave: Wave, places: int | None = None) -> Part:
+        how = config.memory.mlp_tile_tokens, config.memory.kv_cache_bits
+        return self._part(self._roll_out, name, wave, *how, places)
+
+    def _scored(self, config: Config, batches: tuple[Batch, ...], few: bool = False) -> Part:
         m = config.memory
         beta = 0.0 if few else config.grpo.beta
-        how = m.gradient_checkpointing, m.activation_offloading
-        tiles = m.logits_tile_tokens, m.logits_tile_vocab
-        return self._part(self._score, batches, beta, *how, *tiles, few)
+        how = m.gradient_checkpointing, m.activation_offloading, m.offload_overlap
+        tiles = m.mlp_tile_tokens, m.logits_tile_tokens, m.logits_tile_vocab
+        return self._part(self._score, batches, beta, how, tiles, few)
 
-    def _part(self, run, *shape) -> _Part:
-        key = run.__name__, *shape
+    def _part(self, run, *shape) -> Part:
+        key = run.__name__, self._ends, *shape
         if key not in self._parts:
             try:
                 self._parts[key] = run(*shape)
             except _UnlikeError:
                 self._short = False
+                self._policies.clear()
                 self._load()
                 self._parts[key] = run(*shape)
         return self._parts[key]
@@ -193,9 +201,10 @@ class Phases:
             raise _UnlikeError
         return events
 
-    def _load(self) -> _Part:
+    def _load(self) -> Part:
         model_config = shortened(self._model_config) if self._short else self._model_config
         model = without_weights(model_config, self._dtype, adapter_settings(self._config))
+        on_host, bits = self._ends
         self._policy = None
         with self._recorder() as recorder, recorder.phase("load"):
             self._policy = skeleton_policy(
@@ -207,34 +216,44 @@ class Phases:
                 tile_vocab=1,
             )
             recorder.name(self._policy.model)
+            if on_host:
+                self._policy.embedding_to_host(counted_table(recorder))
             weights = len(recorder.events)
             self._values.number = 0.0  # the difference between packed and plain logits
             check_forward(self._policy, self._config.model.name)
             self._values.number = 1.0
-        layers = _layers_by_name(recorder.events[:weights]) + recorder.layers[weights:]
-        events = self._deep(recorder, layers)
-        return _Part(events, recorder.workspaces, kept=add_up(events).final_allocated)
+            if bits == 8:
+                self._policy.round_head()
+        self._policies[self._ends] = self._policy
+        layers = layers_by_name(recorder.events[:weights]) + recorder.layers[weights:]
+        events, host = without_host(self._deep(recorder, layers))
+        return Part(events, recorder.workspaces, kept=add_up(events).final_allocated, host=host)
 
-    def _roll_out(self, name: str, wave: Wave, places: int | None) -> _Part:
+    def _roll_out(
+        self, name: str, wave: Wave, mlp_tile: int, cache_bits: int, places: int | None
+    ) -> Part:
         self._values.rows_per_problem = wave.rows
+        self._policy.set_mlp_tile(mlp_tile)
+        self._policy.cache_bits = cache_bits
         with _refused(self._policy), self._recorder() as recorder, recorder.phase(name):
             decode(self._policy, wave, self._config.rollout, recorder, places)
-        return _Part(self._deep(recorder), recorder.workspaces)
+        return Part(self._deep(recorder), recorder.workspaces)
 
     def _score(
         self,
         batches: tuple[Batch, ...],
         beta: float,
-        checkpointing: bool,
-        offloading: bool,
-        tile_tokens: int,
-        tile_vocab: int,
+        how: tuple[bool, bool, bool],
+        tiles: tuple[int, int, int],
         few: bool,
-    ) -> _Part:
-        """Reference and update."""
-        how = {"checkpointing": checkpointing, "offloading": offloading}
+    ) -> Part:
+        """Reference and update. `how`: checkpointing, offloading, overlapping; `tiles`: tokens of
+        an MLP's, rows and columns of the head's.
+        """
+        how = dict(zip(("checkpointing", "offloading", "overlapping"), how, strict=True))
         policy, config = self._policy, self._config
-        policy.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
+        policy.set_mlp_tile(tiles[0])
+        policy.tiles = {"tile_tokens": tiles[1], "tile_vocab": tiles[2]}
         groups = [groups_of(batch) for batch in batches]
         scoring = (FewTiles if few else Scoring)(config.rollout.temperature, (0,))
         scaler = torch.amp.GradScaler("cpu") if self._dtype == torch.float16 else None
@@ -260,18 +279,18 @@ class Phases:
             event.id: parameter.shape
             for event, parameter in zip(recorder.events[done:], parameters, strict=True)
         }
-        events, pinned = _without_host(self._deep(recorder))
+        events, host = without_host(self._deep(recorder))
         ends = [e for e in events if e.action == "free" and base_id(e.id) in shapes]
         self._shapes = [shapes[base_id(event.id)] for event in ends]
-        return _Part(
+        return Part(
             events[: len(events) - len(ends)],
             recorder.workspaces,
             tuple(event.id for event in ends),
             sum(event.size for event in ends),  # a gradient is as long as its parameter
-            pinned,
+            host,
         )
 
-    def _step(self) -> _Part:
+    def _step(self) -> Part:
         """The optimizer's first step. On fake tensors: torch has no foreach kernels for meta ones.
         Needs the shapes that scoring has found.
         """
@@ -306,64 +325,7 @@ class Phases:
             }
             made = [event for event in made if event.id not in counters]
         gradients = tuple(known[len(parameters) :])
-        return _Part(made, recorder.workspaces, gradients, sum(state))
-
-
-def _together(parts: list[_Part], score: _Part, optimizer: _Part) -> list[Event]:
-    """The parts' events one after another; a workspace is made once, gradients go from one part to
-    the next, and cached memory is given back in between, as `train.py` does.
-    """
-    events: list[Event] = []
-    seen: set[tuple[str, bool]] = set()
-    left: tuple[int, ...] = ()
-    for number, part in enumerate(parts):
-        first = number * PART
-        again = {id for key, id in part.workspaces.items() if key in seen}
-        seen |= part.workspaces.keys()
-        names = dict(zip(part.gradients, left, strict=True)) if part is optimizer else {}
-        events += [
-            event._replace(id=names.get(event.id, event.id + first))
-            for event in part.events
-            if event.id not in again
-        ]
-        if part is not score:  # whose gradients the optimizer needs at once
-            events.append(Event("empty_cache", phase=part.events[-1].phase))
-        if part is score:
-            left = tuple(id + first for id in part.gradients)
-    return events
-
-
-def _without_host(events: list[Event]) -> tuple[list[Event], int]:
-    """The events of the device alone, and the most bytes that lay on the host."""
-    host = [event for event in events if event.component == HOST]
-    if not host:
-        return events, 0
-    return [event for event in events if event.component != HOST], add_up(host).peak_allocated
-
-
-def _again(step: list[Event]) -> list[Event]:
-    """The step once more. What it left alive (moments, workspaces) is found, not made again."""
-    ended = {event.id for event in step if event.action == "free"}
-    made = {event.id for event in step if event.action == "alloc"} & ended
-    return [
-        event._replace(id=event.id + STEP) if event.id else event
-        for event in step
-        if event.id in made or event.action == "empty_cache"
-    ]
-
-
-def _layers_by_name(events: list[Event]) -> list[int]:
-    """The layers that were being loaded. What has no name is the 16-bit form of the weight that
-    comes next.
-    """
-    made, found, following = {}, [], OUTSIDE
-    for event in reversed(events):
-        if event.action == "alloc":
-            following = layer_number(event.module) if event.module else following
-            made[event.id] = following
-    for event in events:
-        found.append(made[event.id])
-    return found
+        return Part(made, recorder.workspaces, gradients, sum(state))
 
 
 @contextlib.contextmanager

@@ -36,8 +36,9 @@ SETTINGS = (
     "lora.r", "lora.target_modules", "rollout.num_generations", "rollout.problems_per_step",
     "rollout.max_prompt_length", "rollout.max_completion_length", "grpo.beta", "optimizer.optim",
     "memory.micro_batch_tokens", "memory.gradient_checkpointing", "memory.activation_offloading",
-    "memory.logits_tile_tokens", "memory.logits_tile_vocab", "memory.rollout_batch_size",
-    "eval.batch_size",
+    "memory.offload_overlap", "memory.mlp_tile_tokens", "memory.logits_tile_tokens",
+    "memory.logits_tile_vocab", "memory.rollout_batch_size", "memory.kv_cache_bits",
+    "memory.embedding_on_host", "model.lm_head_bits", "eval.batch_size",
 )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ class Planner:
             reasons=reasons | self._notes(shapes, config, usage),
             phases=phase_plans(traced.events, usage),
             peak_reserved_bytes=usage.peak_reserved,
-            host_bytes=traced.pinned_bytes + traced.adapter_bytes + traced.optimizer_bytes,
+            host_bytes=traced.host_bytes + traced.adapter_bytes + traced.optimizer_bytes,
             timeline=timeline(traced.events, usage.timeline.allocated, reserved),
         )
 
@@ -212,8 +213,8 @@ class Planner:
             f"{len(wave.prompts) * wave.rows} rows; decoded at a few places up to token "
             f"{wave.tokens}",
             "update": f"traced with full micro-batches: {batches}",
-            "host_bytes": "pinned buffers, and the copies of adapters and optimizer state that a "
-            "checkpoint makes; Python and torch themselves are not counted",
+            "host_bytes": "pinned pages, an embedding on the host, and the copies of adapters and "
+            "optimizer state that a checkpoint makes; Python and torch themselves are not counted",
         }
         if not card.cuda:
             notes["method"] = (

@@ -1,5 +1,4 @@
-"""Which memory settings a run gets where its configuration says "auto", and the largest run that
-fits.
+"""Which memory settings a run gets where its configuration says "auto".
 
 A setting is chosen by planning: the largest value, of a few sensible ones, that fits the card. What
 fits is decided for each phase by itself, with loading before it, and in the end for all of them one
@@ -9,7 +8,12 @@ after another. Each choice has its reason.
   of a wave decode together at little more than the time of one.
 - `gradient_checkpointing`: off, where full micro-batches fit without it. It computes every layer
   twice, a third more of the update's time.
-- `activation_offloading`: off, unless one prompt and its longest completion fit only with it.
+- `kv_cache_bits`: 16, unless not even one completion fits in them.
+- `activation_offloading`: off, unless one prompt and its longest completion fit only with it;
+  then with `offload_overlap`, unless they fit only without that.
+- `mlp_tile_tokens`: where layers are computed again anyway, tiles cost next to nothing; smaller
+  ones where nothing else helps.
+- `embedding_on_host`: off, unless nothing fits without it.
 - `micro_batch_tokens`: the whole step, else whole groups, else equal parts of
   one. A group that is cut has its prompt computed once for each part. Of several groups, more than
   `ENOUGH_TOKENS` gain nothing.
@@ -23,24 +27,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.memory.allocator import AllocatorSettings
 from lowmem_grpo.memory.phases import Alone
 from lowmem_grpo.memory.plan import MemoryPlan, Planner, value_of
 from lowmem_grpo.memory.shapes import evaluation, fullest, wave
 from lowmem_grpo.memory.simulate import add_up, simulate
 
-__all__ = ["SOLVABLE", "largest", "least_value", "settle", "settle_evaluation", "settle_sampling"]
+__all__ = ["AUTO", "Search", "settle", "settle_evaluation", "settle_sampling"]
 
-SOLVABLE = ("max_completion_length", "num_generations")
 ENOUGH_TOKENS = 16384  # of a micro-batch
 GOOD_TOKENS = 4096  # with fewer, checkpointing and more tokens are as fast as none
 EVALUATED = 64  # rows of an evaluation's wave
 TILES = ((1024, 32768), (1024, 16384), (1024, 8192), (512, 8192), (256, 4096))
 TILE_BYTES = 10  # an element of a tile: its product in 16 bits, and two of float32
 TILE_SHARE = 0.02
+MLP_TILE, LEAST_MLP_TILE = 4096, 1024  # tokens
 AUTO = "auto"
-MOST_GENERATIONS = 1024
 ORIGIN = "plan"
 
 
@@ -49,7 +51,7 @@ def settle(planner: Planner, config: Config) -> tuple[Config, MemoryPlan]:
 
     Where nothing fits, the values are the smallest ones, and the plan shows what is missing.
     """
-    search = _Search(planner, config)
+    search = Search(planner, config)
     search.choose()
     plan = planner.plan(search.settled())
     while plan.headroom_bytes < planner.card.margin_bytes and search.lower(plan):
@@ -59,7 +61,7 @@ def settle(planner: Planner, config: Config) -> tuple[Config, MemoryPlan]:
 
 def settle_evaluation(planner: Planner, config: Config) -> Config:
     """A configuration for evaluating, with as many problems at once as fit."""
-    search = _Search(planner, config)
+    search = Search(planner, config)
     search.choose_evaluation()
     return search.config
 
@@ -67,75 +69,12 @@ def settle_evaluation(planner: Planner, config: Config) -> Config:
 def settle_sampling(planner: Planner, config: Config, count: int) -> Config:
     """A configuration for `count` completions of one prompt, as many at once as fit."""
     one = {"rollout.problems_per_step": 1, "rollout.num_generations": count}
-    search = _Search(planner, config.settled(one, "command line"))
+    search = Search(planner, config.settled(one, "command line"))
     search.choose_rows()
     return search.config
 
 
-def largest(planner: Planner, config: Config, name: str) -> int | None:
-    """The largest value of a setting of `SOLVABLE` that fits the card; None if not even 1 does.
-
-    Settings that are "auto" go as low as it takes, but for `num_generations` a whole group decodes
-    at once: cut into pieces, a group of any size would fit.
-    """
-    key = f"rollout.{name}"
-    window = getattr(planner.model_config, "max_position_embeddings", None) or 1 << 20
-    most, least = MOST_GENERATIONS, least_value(config, name)
-    if name == "max_completion_length":
-        most = window - config.rollout.max_prompt_length
-    if most < least:
-        raise ConfigError(
-            f"rollout.max_prompt_length = {config.rollout.max_prompt_length} leaves nothing of the "
-            f"model's window of {window} tokens"
-        )
-
-    def share(value: int) -> float:
-        tried = config.settled({key: value}, "solve")
-        search = _Search(planner, tried)
-        if name == "num_generations" and tried.memory.rollout_batch_size == AUTO:
-            search.set("memory.rollout_batch_size", value)
-        return search.smallest_share()
-
-    return _last_below_one(share, least, most)
-
-
-def least_value(config: Config, name: str) -> int:
-    """The smallest legal value of a setting of `SOLVABLE`."""
-    return 2 if name == "num_generations" else max(1, config.rollout.min_completion_length)
-
-
-def _last_below_one(share: Callable[[int], float], low: int, high: int) -> int | None:
-    """The largest of low..high, to about a hundredth, at which an ascending function is at most 1.
-
-    Memory is all but linear in lengths, so the next value to try is where the line meets 1.
-    """
-    if (below := share(low)) > 1:
-        return None
-    if (above := share(high)) <= 1:
-        return high
-    slow = False
-    while (step := _round(low)) < (width := high - low):
-        line = (1 - below) / (above - below)
-        # Not so close to either end that nothing is learnt; half-way where the line led astray.
-        part = 0.5 if slow else min(max(line - 0.002, 0.05), 0.95)
-        middle = max(int(low + width * part) // step * step, low + step)
-        if middle >= high:
-            break
-        found = share(middle)
-        if found <= 1:
-            low, below = middle, found
-        else:
-            high, above = middle, found
-        slow = not slow and high - low > width / 2
-    return low
-
-
-def _round(value: int) -> int:
-    """A power of two of about a hundredth of a value, at least 1."""
-    return 1 << max(value.bit_length() - 8, 0)
-
-
-class _Search:
+class Search:
     """One run whose "auto" settings are being chosen."""
 
     def __init__(self, planner: Planner, config: Config):
@@ -147,8 +86,12 @@ class _Search:
                 "memory.micro_batch_tokens",
                 "memory.gradient_checkpointing",
                 "memory.activation_offloading",
+                "memory.offload_overlap",
+                "memory.mlp_tile_tokens",
                 "memory.logits_tile_tokens",
                 "memory.logits_tile_vocab",
+                "memory.kv_cache_bits",
+                "memory.embedding_on_host",
                 "eval.batch_size",
             )
             if value_of(config, key) == AUTO
@@ -164,6 +107,10 @@ class _Search:
             ("memory.micro_batch_tokens", r.max_prompt_length + self.row),
             ("memory.gradient_checkpointing", True),
             ("memory.activation_offloading", False),
+            ("memory.offload_overlap", False),
+            ("memory.mlp_tile_tokens", MLP_TILE),
+            ("memory.kv_cache_bits", 16),
+            ("memory.embedding_on_host", False),
             ("eval.batch_size", 1),
         ):
             self.set(key, value)
@@ -210,7 +157,7 @@ class _Search:
             return float("inf")
         share = add_up(alone.events).peak_allocated / room
         if card.host_bytes is not None:
-            share = max(share, alone.pinned_bytes / card.host_bytes)
+            share = max(share, alone.host_bytes / card.host_bytes)
         if share <= 1 and card.cuda:  # and still the allocator may not find a place for it
             settings = AllocatorSettings(card_memory=room)
             if simulate(alone.events, settings).oom is not None:
@@ -218,20 +165,48 @@ class _Search:
         return share
 
     def smallest_share(self) -> float:
-        """Of the run at its smallest settings, with offloading where that is open."""
+        """Of the run at its smallest settings."""
         self.set("memory.activation_offloading", self._can_offload())
+        self.set("memory.mlp_tile_tokens", LEAST_MLP_TILE)
+        self.set("memory.kv_cache_bits", 8)
+        self.set("memory.embedding_on_host", self._can_move_embedding())
+        return max(self._shares())
+
+    def _shares(self) -> list[float]:
+        """Of each phase by itself."""
         shares = [self.optimizer_share(), self.rows_share(), self.update_share()]
-        if self.config.eval.every:
-            shares.append(self.evaluation_share())
-        return max(shares)
+        return shares + ([self.evaluation_share()] if self.config.eval.every else [])
 
     def _can_offload(self) -> bool:
         return self.planner.card.cuda and value_of(self.config, "memory.gradient_checkpointing")
+
+    def _can_move_embedding(self) -> bool:
+        planner = self.planner
+        return planner.card.cuda and not planner.model_config.tie_word_embeddings
+
+    def _embedding_may_help(self) -> bool:
+        key = "memory.embedding_on_host"
+        return key in self.open and not value_of(self.config, key) and self._can_move_embedding()
 
     # --- Choices, each with its reason
 
     def choose(self) -> None:
         """Give every open setting the largest value that fits by itself."""
+        embedding = "memory.embedding_on_host"
+        tied = "it is the head as well" if self.planner.card.cuda else "the host is the device"
+        self.reasons[embedding] = "not needed" if self._can_move_embedding() else tied
+        self._choose_sizes()
+        least = Search(self.planner, self.given)
+        if self._embedding_may_help() and max(self._shares()) > 1 >= least.smallest_share():
+            self.move_embedding()
+            self._choose_sizes()
+
+    def move_embedding(self) -> None:
+        """To the host."""
+        self.set("memory.embedding_on_host", True)
+        self.reasons["memory.embedding_on_host"] = "does not fit without it"
+
+    def _choose_sizes(self) -> None:
         tiles = self.config.memory
         size = TILE_BYTES * tiles.logits_tile_tokens * tiles.logits_tile_vocab >> 20
         for key in ("memory.logits_tile_tokens", "memory.logits_tile_vocab"):
@@ -250,10 +225,18 @@ class _Search:
         return config
 
     def choose_rows(self) -> str:
-        """Of `memory.rollout_batch_size`; returns the reason."""
+        """Of `memory.rollout_batch_size`, with the bits of the cache; returns the reason."""
         r = self.config.rollout
         values = rollout_sizes(r.problems_per_step, r.num_generations)
-        fits = self._grow("memory.rollout_batch_size", values, self.rows_share)
+        for bits in (16, 8):
+            self.set("memory.kv_cache_bits", bits)
+            fits = self._grow("memory.rollout_batch_size", values, self.rows_share)
+            if fits:
+                break
+        whole = self.config.memory.kv_cache_bits == 16
+        self.reasons["memory.kv_cache_bits"] = (
+            "samples from the policy as it is" if whole else "not one completion fits in 16 bits"
+        )
         rows = self.config.memory.rollout_batch_size
         if not fits:
             return "not even one completion at a time fits"
@@ -275,29 +258,43 @@ class _Search:
         return sorted({most, *(1 << i for i in range(7) if 1 << i < most)})
 
     def choose_update(self) -> dict[str, str]:
-        """Of micro-batches, checkpointing and offloading; returns the reasons."""
+        """Of micro-batches, of what is kept for backward and where, and of tiles; returns the
+        reasons.
+        """
         tokens, checkpointing = "memory.micro_batch_tokens", "memory.gradient_checkpointing"
-        reasons = {
-            "memory.activation_offloading": "not needed",
-            checkpointing: "needed, full micro-batches do not fit without it",
-        }
-        if "memory.activation_offloading" in self.open and not self.planner.card.cuda:
-            reasons["memory.activation_offloading"] = "the host is the device"
+        offloading, tile = "memory.activation_offloading", "memory.mlp_tile_tokens"
         values = self._budgets()
-        if not self._grow(tokens, values, self.update_share):
-            self.set("memory.activation_offloading", self._can_offload())
-            if not self._grow(tokens, values, self.update_share):
-                self.set("memory.activation_offloading", False)
-                reasons[tokens] = "not even one completion fits"
-                reasons[checkpointing] = "takes the least, and still nothing fits"
-                return reasons
-            if self.config.memory.activation_offloading:
-                reasons["memory.activation_offloading"] = "does not fit without it"
-        if self.config.memory.activation_offloading:
+        fits = False
+        for way in self._ways():
+            if not fits:
+                for key, value in way.items():
+                    self.set(key, value)
+                fits = self._grow(tokens, values, self.update_share)
+        m = self.config.memory
+        reasons = {
+            offloading: "does not fit without it" if m.activation_offloading else "not needed",
+            "memory.offload_overlap": "nothing is copied",
+            checkpointing: "needed, full micro-batches do not fit without it",
+            tile: "costs little where layers are computed again",
+        }
+        if m.offload_overlap:
+            reasons["memory.offload_overlap"] = "copies beside the kernels take no time"
+        elif m.activation_offloading:
+            reasons["memory.offload_overlap"] = "does not fit with it"
+        if m.mlp_tile_tokens == LEAST_MLP_TILE:
+            reasons[tile] = "larger ones do not fit"
+        if not self.planner.card.cuda:
+            reasons[offloading] = "the host is the device"
+        if not fits:
+            reasons[tokens] = "not even one completion fits"
+            reasons[checkpointing] = "takes the least, and still nothing fits"
+            return reasons
+        if m.activation_offloading:
             reasons[checkpointing] = "what lies on the host are its layers' inputs"
         elif checkpointing in self.open:
             with_it = self.config
             self.set(checkpointing, False)
+            self.set(tile, 0)
             enough = min(GOOD_TOKENS, with_it.memory.micro_batch_tokens)
             first = next((v for v in values if v >= enough), values[-1])
             self.set(tokens, first)
@@ -306,8 +303,23 @@ class _Search:
                 reasons[checkpointing] = "not needed, micro-batches fit without it"
             else:
                 self.config = with_it
+        if self.config.memory.mlp_tile_tokens == 0:
+            reasons[tile] = "not needed, micro-batches fit with whole ones"
         reasons[tokens] = self._why_tokens(values)
         return reasons
+
+    def _ways(self) -> list[dict[str, Any]]:
+        """What can be kept for backward, and where: from the fastest to what takes the least."""
+        m, key = self.config.memory, "memory.activation_offloading"
+        given = m.activation_offloading if key not in self.open else False
+        # Without checkpointing a tile is computed once more than it would be.
+        whole = MLP_TILE if m.gradient_checkpointing else 0
+        ways = [(given, given, whole)]
+        if given or self._can_offload():
+            ways.append((True, True, MLP_TILE))
+        ways.append((given or self._can_offload(), False, LEAST_MLP_TILE))
+        keys = key, "memory.offload_overlap", "memory.mlp_tile_tokens"
+        return [dict(zip(keys, way, strict=True)) for way in ways]
 
     def _budgets(self) -> list[int]:
         r = self.config.rollout
@@ -371,6 +383,9 @@ class _Search:
                 self.set(key, less[-1])
                 self.reasons[key] = "the most with which all phases together fit"
                 return True
+        if self._embedding_may_help():
+            self.move_embedding()
+            return True
         return False
 
 

@@ -7,7 +7,6 @@ equally many for each problem, which is what a sampler's index arithmetic is tol
 from __future__ import annotations
 
 import contextlib
-import weakref
 
 import torch
 from torch.nn.modules.module import (
@@ -17,9 +16,10 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lowmem_grpo.grpo.update import Scoring
-from lowmem_grpo.policy.activations import HostBuffers
+from lowmem_grpo.policy.activations import PAGE_BYTES, HostBuffers
+from lowmem_grpo.policy.ends import HostTable
 
-__all__ = ["HOST", "CountedBuffers", "FewTiles", "Scaler", "Values"]
+__all__ = ["HOST", "CountedBuffers", "FewTiles", "Scaler", "Values", "counted_table"]
 
 HOST = "host"
 """The component of what lies on the host."""
@@ -126,23 +126,26 @@ class CountedBuffers(HostBuffers):
     """Tells a recorder how many bytes are on the host, and copies nothing."""
 
     def __init__(self, recorder):
+        super().__init__()
         self.recorder = recorder
 
-    def put(self, x: torch.Tensor):
-        size = x.numel() * x.element_size()
-        # torch's pinned allocator rounds up to a power of two (ATen/core/CachingHostAllocator.h).
-        rounded = 1 << max(size - 1, 0).bit_length()
-        return _OnHost(self.recorder, x.shape, x.dtype, rounded), x.device
+    def new_page(self, device: torch.device) -> torch.Tensor:
+        self.recorder.add(PAGE_BYTES, component=HOST)
+        return torch.empty(0)
 
-    def take(self, kept) -> torch.Tensor:
-        host, device = kept
-        return torch.empty(host.shape, dtype=host.dtype, device=device)
+    def copy(self, x: torch.Tensor, at: int, *, to_host: bool) -> None:
+        pass
 
 
-class _OnHost:
-    """Bytes that are on the host as long as this lives."""
+def counted_table(recorder) -> type:
+    """A `HostTable` that tells a recorder how many bytes are on the host, and holds none."""
 
-    def __init__(self, recorder, shape: torch.Size, dtype: torch.dtype, size: int):
-        self.shape, self.dtype = shape, dtype
-        number = recorder.add(size, component=HOST)
-        weakref.finalize(self, recorder.remove, number)
+    class Counted(HostTable):
+        def __init__(self, weight: torch.Tensor):
+            self.width, self.dtype = weight.shape[1], weight.dtype
+            recorder.add(weight.numel() * weight.element_size(), component=HOST)
+
+        def rows(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.empty((*ids.shape, self.width), dtype=self.dtype, device=ids.device)
+
+    return Counted

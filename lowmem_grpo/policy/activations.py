@@ -5,50 +5,178 @@ computes the layer again in backward (Chen et al., arXiv 1604.06174). It is tran
 torch's non-reentrant form, which passes keyword arguments such as the attention layout through.
 
 Offloading keeps those inputs in pinned host memory instead: layers x tokens x D x 2 bytes of it,
-which on the card is what grows fastest with the length. Both copies run on the compute stream, in
-order with the kernels that make and use the tensors, so nothing has to be waited for.
+which on the card is what grows fastest with the length. They lie end to end in pages of one size,
+so what is pinned is what they take, rounded up to a page, and a page serves any shape: pages are
+pinned once and used by every micro-batch.
+
+With `overlap`, the copies run on a stream of their own beside the layers' kernels: a tensor that is
+leaving stays on the card until its layer has been computed, and in backward the next one arrives
+while a layer is. That is one layer's input more on the card, in exchange for the time of the
+copies. Without it copies run in order with the kernels, and nothing has to be waited for.
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["HostBuffers", "kept_on_host", "set_checkpointing"]
+__all__ = [
+    "PAGE_BYTES", "HostBuffers", "SideStream", "checkpointed_layers", "kept_on_host",
+    "set_checkpointing",
+]  # fmt: skip
 
 LEAST_BYTES = 1 << 20
 """Smaller tensors stay: a copy costs some microseconds, whatever its length."""
+PAGE_BYTES = 64 << 20
+"""A power of two: torch's pinned allocator rounds up to one (ATen/core/CachingHostAllocator.h)."""
+
+
+class SideStream:
+    """A CUDA stream for copies."""
+
+    def __init__(self):
+        self._stream = torch.cuda.Stream()
+
+    def run(self, copy: Callable[[], None]):
+        """Start copying when all that was asked for so far is done; returns what `wait` takes."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            copy()
+        return self._stream.record_event()
+
+    def wait(self, done) -> None:
+        """What is asked for from here on begins after that copy."""
+        torch.cuda.current_stream().wait_event(done)
+
+
+class Kept(NamedTuple):
+    """A tensor on the host: the how-many-eth it is, and its first byte."""
+
+    number: int
+    at: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 class HostBuffers:
-    """Takes tensors of the device to the host and back."""
+    """Takes tensors of the device to the host and back, those of one forward pass at a time."""
 
-    def put(self, x: torch.Tensor):
-        """A copy of x on the host; what `take` needs to bring it back."""
-        host = torch.empty_like(x, device="cpu", pin_memory=x.device.type == "cuda")
-        return host.copy_(x, non_blocking=True), x.device
+    def __init__(self, side: Any = None):
+        """`side`: a `SideStream`; left out, one is made when it is needed, where there is CUDA."""
+        self.pages: list[torch.Tensor] = []
+        self._side = side
+        self._overlap = False
+        self._kept: list[Kept] = []
+        self._leaving: tuple | None = None  # (tensor, when it has left)
+        self._arriving: dict[int, tuple] = {}  # number: (tensor, when it has arrived)
 
-    def take(self, kept) -> torch.Tensor:
+    def begin(self, overlap: bool) -> None:
+        """A forward pass begins; what the one before it kept may be overwritten."""
+        self.let_go()
+        for _, done in self._arriving.values():
+            self._wait(done)
+        self._arriving.clear()
+        self._kept.clear()
+        self._overlap = overlap
+        if overlap and self._side is None and torch.cuda.is_available():
+            self._side = SideStream()
+
+    def let_go(self) -> None:
+        """What is leaving has left, for whatever is asked for from here on."""
+        if self._leaving is not None:
+            self._wait(self._leaving[1])
+            self._leaving = None
+
+    def put(self, x: torch.Tensor) -> Kept:
+        """Copy x to the host; returns what `take` needs to bring it back."""
+        x = x.contiguous()
+        last = self._kept[-1] if self._kept else None
+        at = last.at + last.size if last else 0
+        kept = Kept(len(self._kept), at, x.shape, x.dtype, x.device)
+        self._kept.append(kept)
+        while len(self.pages) * PAGE_BYTES < kept.at + kept.size:
+            self.pages.append(self.new_page(x.device))
+        self.let_go()
+        done = self._run(lambda: self.copy(x, kept.at, to_host=True))
+        if self._overlap:
+            self._leaving = x, done
+        return kept
+
+    def take(self, kept: Kept) -> torch.Tensor:
         """The tensor of which `put` made `kept`, on its device."""
-        host, device = kept
-        return host.to(device, non_blocking=True)
+        x, done = self._arriving.pop(kept.number, None) or self._bring(kept)
+        self._wait(done)
+        before = kept.number - 1  # backward asks for them in the reverse order
+        if self._overlap and before >= 0 and before not in self._arriving:
+            self._arriving[before] = self._bring(self._kept[before])
+        return x
+
+    def new_page(self, device: torch.device) -> torch.Tensor:
+        """uint8 [PAGE_BYTES] on the host, for tensors of that device."""
+        return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def copy(self, x: torch.Tensor, at: int, *, to_host: bool) -> None:
+        """Copy a contiguous tensor to the pages from byte `at` on, or from there."""
+        x_bytes, done = x.view(-1).view(torch.uint8), 0
+        while done < x_bytes.numel():
+            page, start = divmod(at + done, PAGE_BYTES)
+            count = min(PAGE_BYTES - start, x_bytes.numel() - done)
+            here, there = x_bytes[done : done + count], self.pages[page][start : start + count]
+            (there if to_host else here).copy_(here if to_host else there, non_blocking=True)
+            done += count
+
+    def _bring(self, kept: Kept) -> tuple:
+        x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+        return x, self._run(lambda: self.copy(x, kept.at, to_host=False))
+
+    def _run(self, copy: Callable[[], None]):
+        if self._overlap and self._side is not None:
+            return self._side.run(copy)
+        return copy()
+
+    def _wait(self, done) -> None:
+        if done is not None:
+            self._side.wait(done)
 
 
 @contextlib.contextmanager
-def kept_on_host(buffers: HostBuffers):
-    """What autograd saves within lies on the host until backward asks for it; parameters and small
-    tensors stay.
+def kept_on_host(
+    buffers: HostBuffers, overlap: bool = False, layers: Sequence[torch.nn.Module] = ()
+):
+    """What autograd saves within, a forward pass, lies on the host until backward asks for it;
+    parameters and small tensors stay. Its backward has to be over before the next begins.
+    `layers`: what is leaving when one of them begins has left when it ends.
     """
 
     def pack(x: torch.Tensor):
         if isinstance(x, torch.nn.Parameter) or x.numel() * x.element_size() < LEAST_BYTES:
             return x
-        return (buffers.put(x),)
+        return buffers.put(x)
 
     def unpack(kept):
-        return buffers.take(*kept) if isinstance(kept, tuple) else kept
+        return buffers.take(kept) if isinstance(kept, Kept) else kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    buffers.begin(overlap)
+    hooks = [layer.register_forward_hook(lambda *_: buffers.let_go()) for layer in layers]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        buffers.let_go()
+
+
+def checkpointed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a transformers model that checkpointing computes again."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def set_checkpointing(model, enabled: bool) -> None:

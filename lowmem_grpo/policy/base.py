@@ -11,10 +11,11 @@ Outside every `with` the policy is trainable. A role ends with its block, also w
 raises.
 
 Linear layers are NF4 with double quantisation (Dettmers et al., arXiv 2305.14314); embedding, norms
-and head stay in the compute dtype; adapters are float32. The model is never put in eval mode: on a
-CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight in place at its first eval forward, into a
-format without a backward pass, and gradients would silently stop there. Dropout, the other thing
-that train mode means, is set to zero.
+and head stay in the compute dtype (but see ends.py); adapters are float32. Norms and MLPs are
+replaced by our own, which compute the same and hold less (norm.py, mlp.py). The model is never put
+in eval mode: on a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight in place at its first
+eval forward, into a format without a backward pass, and gradients would silently stop there.
+Dropout, the other thing that train mode means, is set to zero.
 
 `hidden`, then `score`, is the whole forward pass: trunk over packed tokens, then the tiled head
 over those rows alone whose next token counts.
@@ -29,10 +30,18 @@ from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lowmem_grpo.errors import ModelError
-from lowmem_grpo.policy.activations import HostBuffers, kept_on_host, set_checkpointing
+from lowmem_grpo.policy.activations import (
+    HostBuffers,
+    checkpointed_layers,
+    kept_on_host,
+    set_checkpointing,
+)
 from lowmem_grpo.policy.attention import PackedLayout
-from lowmem_grpo.policy.logprobs import logits_tile, token_logprobs
+from lowmem_grpo.policy.ends import HostTable, RoundedHead, embedding_to_host, round_head
+from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
+from lowmem_grpo.policy.mlp import tile_mlps
+from lowmem_grpo.policy.norm import replace_norms
 from lowmem_grpo.policy.shared_input import SharedInput, find
 
 __all__ = ["AdapterSettings", "Policy", "attach_adapters"]
@@ -54,15 +63,21 @@ class Policy:
     """See the module's docstring. Build one with `lowmem_grpo.policy.load.load_policy`."""
 
     def __init__(self, model, tokenizer, *, attention: str, tile_tokens: int, tile_vocab: int):
-        """`model`: a PeftModel over a transformers causal LM whose attention is `ATTENTION`."""
+        """`model`: a PeftModel over a transformers causal LM whose attention is `ATTENTION`.
+
+        `cache_bits`, which may be set later: of the sampler's keys and values, 16 or 8.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.attention = attention
         self.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
         self.buffers = HostBuffers()
-        self._offloading = False
+        self.cache_bits = 16
+        self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
         self.causal_lm = model.get_base_model()
+        self._layers = checkpointed_layers(self.causal_lm)
+        self._mlps = tile_mlps(self.causal_lm)
         self.trunk = self.causal_lm.base_model
         head = self.causal_lm.get_output_embeddings()
         self.head_weight_VD, self.head_bias_V = head.weight, getattr(head, "bias", None)
@@ -102,23 +117,44 @@ class Policy:
         layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
         self._shared = find(layers, forward)
 
-    def sampler_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """What the sampler keeps beside the model, by name."""
-        return [named for shared in self._shared for named in shared.tensors()]
+    def tensors_beside(self) -> list[tuple[str, torch.Tensor]]:
+        """What is kept on the device beside the model, by name: the sampler's, a head in 8 bits."""
+        found = [named for shared in self._shared for named in shared.tensors()]
+        if isinstance(self.head_weight_VD, RoundedHead):
+            found += self.head_weight_VD.tensors()
+        return found
 
     @contextlib.contextmanager
-    def as_trainable(self, *, checkpointing: bool = False, offloading: bool = False):
+    def as_trainable(
+        self, *, checkpointing: bool = False, offloading: bool = False, overlapping: bool = False
+    ):
         """Adapters on, gradients recorded; with `checkpointing`, layers are computed again in
-        backward, and with `offloading` what that takes lies in host memory.
+        backward, with `offloading` what that takes lies in host memory, and with `overlapping` it
+        goes there and back beside the layers' kernels.
         """
         set_checkpointing(self.causal_lm, checkpointing)
-        self._offloading = offloading
+        self._offloading, self._overlapping = offloading, overlapping
         try:
             with torch.enable_grad():
                 yield
         finally:
             set_checkpointing(self.causal_lm, False)
-            self._offloading = False
+            self._offloading = self._overlapping = False
+
+    # --- What it takes
+
+    def set_mlp_tile(self, tokens: int) -> None:
+        """Tokens that an MLP computes at a time; 0: all."""
+        for mlp in self._mlps:
+            mlp.tile = tokens or None
+
+    def embedding_to_host(self, table: type = HostTable) -> None:
+        """Move the input embedding to the host. Raises ModelError where it is the head as well."""
+        embedding_to_host(self.causal_lm, table)
+
+    def round_head(self) -> None:
+        """Go on with the head in 8 bits. Raises ModelError where it is the embedding as well."""
+        self.head_weight_VD = round_head(self.causal_lm)
 
     def release(self) -> None:
         """Give memory that is cached and not in use back to the card. To be called between phases:
@@ -139,7 +175,8 @@ class Policy:
         """Last hidden states [T, D] of packed tokens; ids and positions are int64 [T] on the
         policy's device.
         """
-        with kept_on_host(self.buffers) if self._offloading else contextlib.nullcontext():
+        on_host = kept_on_host(self.buffers, self._overlapping, self._layers)
+        with on_host if self._offloading else contextlib.nullcontext():
             return self.trunk(
                 input_ids=input_ids_T[None],
                 position_ids=positions_T[None],
@@ -149,7 +186,9 @@ class Policy:
 
     def logits(self, hidden_ND) -> torch.Tensor:
         """Full logits [N, V] in float32, for sampling: N is a handful of last positions."""
-        return logits_tile(hidden_ND, self.head_weight_VD, self.head_bias_V)
+        return full_logits(
+            hidden_ND, self.head_weight_VD, self.head_bias_V, self.tiles["tile_vocab"]
+        )
 
     def score(self, hidden_ND, targets_N, **options):
         """Log-probabilities and entropies [N] of target tokens, by tiles; `options`: see
@@ -203,9 +242,10 @@ class Policy:
 
 
 def attach_adapters(causal_lm, settings: AdapterSettings, seed: int):
-    """Wrap a 4-bit causal LM with LoRA adapters: float32, A drawn from `seed`, B zero. Returns the
-    PeftModel.
+    """Wrap a frozen 4-bit causal LM with LoRA adapters: float32, A drawn from `seed`, B zero. Its
+    norms are replaced by ours. Returns the PeftModel.
     """
+    replace_norms(causal_lm.requires_grad_(False))
     targets = settings.target_modules
     config = lora_config(
         r=settings.r,

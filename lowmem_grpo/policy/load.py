@@ -20,6 +20,8 @@ from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
+CHECKED_TILE = 5  # tokens, of a dozen
+
 __all__ = ["check_forward", "check_quantisation", "load_policy", "load_tokenizer", "nf4_config"]
 
 
@@ -44,9 +46,16 @@ def load_policy(
     tile_tokens: int,
     tile_vocab: int,
     chat_template: str | None = None,
+    mlp_tile: int = 0,
+    cache_bits: int = 16,
+    embedding_on_host: bool = False,
+    lm_head_bits: int = 16,
 ) -> Policy:
     """Load tokenizer and NF4 base, attach fresh adapters and check the forward pass. Raises
     ModelError.
+
+    `mlp_tile`: tokens that an MLP computes at a time; 0: all. `cache_bits`: of the sampler's keys
+    and values. `lm_head_bits`: 16 is the compute dtype.
     """
     source = resolve(name)
     tokenizer = load_tokenizer(name, chat_template)
@@ -61,7 +70,13 @@ def load_policy(
     policy = Policy(
         peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
     )
+    policy.cache_bits = cache_bits
+    if embedding_on_host:
+        policy.embedding_to_host()
     check_forward(policy, name)
+    policy.set_mlp_tile(mlp_tile)
+    if lm_head_bits == 8:
+        policy.round_head()
     return policy
 
 
@@ -152,9 +167,9 @@ def _set_dtype(model, dtype):
 
 
 def check_forward(policy: Policy, name: str) -> None:
-    """Compare packed and plain logits on a dozen tokens, and those of the sampler, whose layers
-    that share an input are found on the way. Raises ModelError where they differ by more than
-    rounding.
+    """Compare packed and plain logits on a dozen tokens, MLPs in tiles, and those of the sampler,
+    whose layers that share an input are found on the way. Raises ModelError where they differ by
+    more than rounding.
     """
     vocab = policy.head_weight_VD.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -171,12 +186,15 @@ def check_forward(policy: Policy, name: str) -> None:
     with policy.as_reference(), quiet_libraries():
         try:
             policy.share_inputs(packed)
+            policy.set_mlp_tile(CHECKED_TILE)
             ours = packed()
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, RuntimeError, TypeError) as error:
             # What is passed to the attention, or asked of it, is this architecture's own affair.
             raise ModelError(f"{kind} is not supported: {_first_line(error)}") from error
+        finally:
+            policy.set_mlp_tile(0)
         policy.causal_lm.set_attn_implementation("eager")
         try:
             plain = [

@@ -32,7 +32,7 @@ Pure: tensors in, tensors out.
 
 import torch
 
-__all__ = ["logits_tile", "naive_token_logprobs", "token_logprobs"]
+__all__ = ["full_logits", "logits_tile", "naive_token_logprobs", "token_logprobs"]
 
 
 def token_logprobs(
@@ -50,11 +50,12 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target and entropy of its distribution, both float32 of shape [N].
 
-    `hidden_ND` and `weight_VD` share a floating dtype and device; `targets_N` is int64. The
-    products run in that dtype; everything after them is float32. In rows where `forbidden_N` (bool)
-    is true the tokens `forbidden_ids` have probability zero: the sampler's "no end yet" rule,
-    scored as it was sampled. Log-probabilities are differentiable with respect to `hidden_ND`, and
-    entropies with `entropy_gradient`.
+    `hidden_ND` and `weight_VD` share a floating dtype and device; `targets_N` is int64. Of
+    `weight_VD` tiles of rows are taken as they are needed: it may be anything that gives them like
+    a tensor (a head in 8 bits: ends.py). The products run in that dtype; everything after them is
+    float32. In rows where `forbidden_N` (bool) is true the tokens `forbidden_ids` have probability
+    zero: the sampler's "no end yet" rule, scored as it was sampled. Log-probabilities are
+    differentiable with respect to `hidden_ND`, and entropies with `entropy_gradient`.
 
     Raises ValueError for a head that requires gradients, a temperature that is not positive, or a
     shape mismatch.
@@ -115,6 +116,18 @@ def logits_tile(hidden_nD, weight_vD, bias_v=None, scale: float = 1.0) -> torch.
     return logits_nv.mul_(scale) if scale != 1.0 else logits_nv
 
 
+def full_logits(hidden_ND, weight_VD, bias_V=None, tile_vocab: int = 16384) -> torch.Tensor:
+    """All logits of a few rows in float32, [N, V]; of a head in 8 bits by tiles."""
+    if isinstance(weight_VD, torch.Tensor):
+        return logits_tile(hidden_ND, weight_VD, bias_V)
+    logits_NV = hidden_ND.new_empty((len(hidden_ND), weight_VD.shape[0]), dtype=torch.float32)
+    for start in range(0, weight_VD.shape[0], tile_vocab):
+        tile = slice(start, start + tile_vocab)
+        bias_v = None if bias_V is None else bias_V[tile]
+        logits_NV[:, tile] = logits_tile(hidden_ND, weight_VD[tile], bias_v)
+    return logits_NV
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -147,7 +160,8 @@ class _TokenLogprobs(torch.autograd.Function):
             chosen_n = torch.full_like(max_n, torch.nan)  # a target outside the vocabulary shows
             others_nD = h_nD.new_zeros(h_nD.shape, dtype=torch.float32) if directed else None
             for start in range(0, weight_VD.shape[0], tile_v):
-                z_nv = _tile(ctx.tiles, h_nD, weight_VD, bias_V, banned_N, row, start)
+                w_vD = weight_VD[start : start + tile_v]
+                z_nv = _tile(ctx.tiles, h_nD, w_vD, bias_V, banned_N, row, start)
                 inside_n, local_n = _locate(y_n, start, z_nv.shape[1])
                 picked_n = z_nv.gather(1, local_n[:, None])[:, 0]
                 chosen_n = torch.where(inside_n, picked_n, chosen_n)
@@ -168,9 +182,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     p_nv.scatter_(1, local_n[:, None], other_n[:, None])
                     q_nv = p_nv.to(weight_VD.dtype)
                     others_nD.mul_(shrink_n[:, None])
-                    others_nD += q_nv @ weight_VD[start : start + tile_v]
+                    others_nD += q_nv @ w_vD
                     del q_nv
-                del p_nv
+                del p_nv, w_vD
             lse_N[row] = max_n + sum_n.log()
             logp_N[row] = chosen_n - lse_N[row]
             entropy_N[row] = sum_n.log() - dot_n / sum_n
@@ -184,9 +198,8 @@ class _TokenLogprobs(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy_N)
             ctx.save_for_backward(direction_ND)
         else:
-            ctx.save_for_backward(
-                hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N
-            )
+            ctx.head = weight_VD, bias_V  # frozen, so not to be watched, and perhaps no tensor
+            ctx.save_for_backward(hidden_ND, targets_N, banned_N, lse_N, entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
@@ -194,7 +207,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp_N, grad_entropy_N):
         if ctx.directed:
             return _along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 9
-        hidden_ND, weight_VD, bias_V, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
+        hidden_ND, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
+        weight_VD, bias_V = ctx.head
         scale, _, tile_n, tile_v = ctx.tiles
         if grad_logp_N is None:
             grad_logp_N = torch.zeros_like(lse_N)
@@ -205,7 +219,8 @@ class _TokenLogprobs(torch.autograd.Function):
             g_n = grad_logp_N[row, None]
             grad_nD = torch.zeros(h_nD.shape, dtype=torch.float32, device=h_nD.device)
             for start in range(0, weight_VD.shape[0], tile_v):
-                z_nv = _tile(ctx.tiles, h_nD, weight_VD, bias_V, banned_N, row, start)
+                w_vD = weight_VD[start : start + tile_v]
+                z_nv = _tile(ctx.tiles, h_nD, w_vD, bias_V, banned_N, row, start)
                 inside_n, local_n = _locate(y_n, start, z_nv.shape[1])
                 z_nv.sub_(lse_N[row, None])  # now log p
                 if grad_entropy_N is None:
@@ -219,8 +234,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 z_nv.scatter_add_(1, local_n[:, None], torch.where(inside_n[:, None], g_n, 0.0))
                 d_nv = z_nv.to(weight_VD.dtype)
                 del z_nv
-                grad_nD += d_nv @ weight_VD[start : start + tile_v]
-                del d_nv
+                grad_nD += d_nv @ w_vD
+                del d_nv, w_vD
             grad_ND[row] = grad_nD.mul_(scale)
         return grad_ND, *(None,) * 9
 
@@ -234,10 +249,10 @@ def _along(direction_ND, grad_N, tile_n):
     return grad_ND
 
 
-def _tile(tiles, h_nD, weight_VD, bias_V, banned_N, row, start):
+def _tile(tiles, h_nD, w_vD, bias_V, banned_N, row, start):
     scale, banned, _, tile_v = tiles
     bias_v = None if bias_V is None else bias_V[start : start + tile_v]
-    z_nv = logits_tile(h_nD, weight_VD[start : start + tile_v], bias_v, scale)
+    z_nv = logits_tile(h_nD, w_vD, bias_v, scale)
     if banned_N is not None:
         for token in banned:
             if start <= token < start + z_nv.shape[1]:

@@ -5,20 +5,31 @@ that share their softmax: all rows of a problem against its one copy of the prom
 against its own tokens. With G completions of P + C tokens the cache holds P + G C tokens a problem,
 where rows by themselves hold G (P + C).
 
+On a CPU a call costs as much as its arithmetic, so there, where prompts are short against the
+completions, each row has a copy of its prompt before its own tokens and it all is one product: at
+most a quarter more memory.
+
 A cache is a layout (see policy/attention.py): the model hands it queries, keys and values layer by
 layer.
+
+With 8 bits (see stored.py) what is sampled from is the policy with a rounded cache. Its log-probs
+are recorded as drawn, so the ratios of the update correct for it.
 
 Shapes: B problems in the wave, R rows still decoding, H query heads, K key-value heads, E head
 size, P longest prompt, C capacity, J the most rows that any problem still has.
 """
 
+from itertools import chain
+
 import torch
 
 from lowmem_grpo.policy.attention import PackedLayout
+from lowmem_grpo.rollout.stored import Stored
 
-__all__ = ["Prefill", "WaveCache", "moved_down", "padded_length"]
+__all__ = ["Prefill", "WaveCache", "padded_length"]
 
 EIGHTH_FROM = 128  # tokens
+SHORT = 4  # times a prompt's length is the least capacity beside which it counts as short
 
 
 def padded_length(tokens: int) -> int:
@@ -32,35 +43,31 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def moved_down(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """The first of x, into which `rows` (ascending) have been copied.
-
-    In place: a second cache beside the first would be more than the plan of the longest rollout,
-    in which all rows stay to the end.
-    """
-    for place, row in enumerate(rows):
-        if place != row:
-            x[place].copy_(x[row])
-    return x[: len(rows)]
-
-
 class WaveCache:
-    """Keys and values of B prompts and R rows. Rows of a problem are neighbours, in the order of
-    the problems.
+    """Keys and values of B prompts and R rows, in 16 or 8 `bits`. Rows of a problem are neighbours,
+    in the order of the problems.
     """
 
     def __init__(
-        self, prompt_lengths: list[int], rows_per_problem: list[int], capacity: int, device
+        self,
+        prompt_lengths: list[int],
+        rows_per_problem: list[int],
+        capacity: int,
+        device,
+        bits: int = 16,
     ):
-        self.device = device
+        self.device, self.bits = device, bits
         self.capacity = capacity
         self.longest = max(prompt_lengths)
         self.lengths_B = torch.tensor(prompt_lengths, device=device)
         problems = torch.arange(len(prompt_lengths))
         self.problem_R = problems.repeat_interleave(torch.tensor(rows_per_problem)).to(device)
+        short = self.longest * SHORT <= capacity
+        self.copied = self.longest if short and torch.device(device).type == "cpu" else 0
+        """Tokens before a row's own that are a copy of its prompt."""
         self.tokens = 0
-        self.prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.prompts: dict[int, tuple[Stored, Stored]] = {}  # keys and values of each layer
+        self.own: dict[int, tuple[Stored, Stored]] = {}
         self._arrange()
 
     def _arrange(self) -> None:
@@ -92,10 +99,10 @@ class WaveCache:
         if left_B.numel() < self.lengths_B.numel():
             self.lengths_B = self.lengths_B[left_B]
             left = left_B.tolist()
-            for layer, (key, value) in self.prompts.items():
-                self.prompts[layer] = moved_down(key, left), moved_down(value, left)
-        for layer, (key, value) in self.own.items():
-            self.own[layer] = moved_down(key, kept), moved_down(value, kept)
+            for stored in chain.from_iterable(self.prompts.values()):
+                stored.keep(left)
+        for stored in chain.from_iterable(self.own.values()):
+            stored.keep(kept)
         self._arrange()
 
     def attend(self, layer, query, key, value, scaling, window=None) -> torch.Tensor:
@@ -103,31 +110,55 @@ class WaveCache:
         _, heads, rows, size = query.shape
         kv_heads = key.shape[1]
         if layer not in self.own:
-            # Zeros: places that are masked are multiplied all the same. Keys lie with their tokens
-            # last: a part of them, transposed, is what a product on a CPU would copy first.
-            of_keys, of_values = (size, self.capacity), (self.capacity, size)
-            self.own[layer] = (
-                key.new_zeros(rows, kv_heads, *of_keys),
-                value.new_zeros(rows, kv_heads, *of_values),
-            )
+            self._make_room(layer, key, value)
         own_key, own_value = self.own[layer]
-        own_key[..., self.tokens] = key[0].transpose(0, 1)
-        own_value[:, :, self.tokens] = value[0].transpose(0, 1)
-        seen = slice(0, self._seen())
+        everywhere, here = slice(None), self.copied + self.tokens
+        own_key.put((everywhere, everywhere, everywhere, here), key[0].transpose(0, 1))
+        own_value.put((everywhere, everywhere, here, everywhere), value[0].transpose(0, 1))
+        seen = slice(0, self.copied + self._seen())
         # An exact sixteenth (rather than `scaling`, which would round): unscaled products of models
         # with large key biases leave float16's range.
         query = query[0].transpose(0, 1) / 16
         query_RKrE = query.reshape(rows, kv_heads, heads // kv_heads, size)
-        own_scores = query_RKrE @ own_key[..., seen]
-        prompt_key, prompt_value = self.prompts[layer]
-        prompt_scores = self._ungroup(self._group(query_RKrE) @ prompt_key.transpose(2, 3))
-        scores = torch.cat([prompt_scores, own_scores], -1)
+        scores = query_RKrE @ own_key.wide((..., seen))
+        if not self.copied:
+            prompt_key, prompt_value = self.prompts[layer]
+            of_prompt = self._group(query_RKrE) @ prompt_key.wide().transpose(2, 3)
+            scores = torch.cat([self._ungroup(of_prompt), scores], -1)
         # In float32, as what hides is: one pass converts, scales and hides.
         scores = torch.add(self._hidden(window), scores, alpha=16 * scaling)
         weights = scores.softmax(-1).to(query.dtype)
-        from_prompt = self._ungroup(self._group(weights[..., : self.longest]) @ prompt_value)
-        from_own = weights[..., self.longest :] @ own_value[:, :, seen]
-        return (from_prompt + from_own).reshape(1, rows, heads, size)
+        if self.copied:
+            found = weights @ own_value.wide((..., seen, everywhere))
+        else:
+            grouped = self._group(weights[..., : self.longest])
+            found = self._ungroup(grouped @ prompt_value.wide())
+            found = found + weights[..., self.longest :] @ own_value.wide((..., seen, everywhere))
+        return found.reshape(1, rows, heads, size)
+
+    def put_prompts(self, layer, key_BKPE, value_BKPE) -> None:
+        """Hold the prompts' keys and values, places behind a shorter prompt's end included."""
+        if not self.copied:
+            self.prompts[layer] = tuple(Stored.of(x, self.bits, -1) for x in (key_BKPE, value_BKPE))
+            return
+        self._make_room(layer, key_BKPE, value_BKPE)
+        own_key, own_value = self.own[layer]
+        everywhere, before = slice(None), slice(0, self.copied)
+        of_rows = (x.index_select(0, self.problem_R) for x in (key_BKPE, value_BKPE))
+        key_RKPE, value_RKPE = of_rows
+        own_key.put((everywhere, everywhere, everywhere, before), key_RKPE.transpose(2, 3))
+        own_value.put((everywhere, everywhere, before, everywhere), value_RKPE)
+
+    def _make_room(self, layer, key, value) -> None:
+        """For the tokens of every row, of a layer with keys like these ([n, K, n, E])."""
+        rows, kv_heads, size = self.problem_R.numel(), key.shape[1], key.shape[3]
+        room = self.copied + self.capacity
+        # Keys lie with their tokens last: a part of them, transposed, is what a product on a CPU
+        # would copy first.
+        self.own[layer] = (
+            Stored.zeros(key, (rows, kv_heads, size, room), self.bits, -2),
+            Stored.zeros(value, (rows, kv_heads, room, size), self.bits, -1),
+        )
 
     def _seen(self) -> int:
         """Places of a completion that attention looks at; those it has not reached are masked."""
@@ -189,7 +220,7 @@ class Prefill:
         self.shape = problems, longest
 
     def attend(self, layer, query, key, value, scaling, window=None) -> torch.Tensor:
-        self.cache.prompts[layer] = self._rectangle(key), self._rectangle(value)
+        self.cache.put_prompts(layer, self._rectangle(key), self._rectangle(value))
         return self.layout.attend(layer, query, key, value, scaling, window)
 
     def _rectangle(self, x):

@@ -90,7 +90,8 @@ def _decode(policy, wave, requests, sampling: Sampling, end_ids, advance) -> lis
     prompts = [requests[problem].prompt_ids for problem, _ in wave]
     counts = [len(rows) for _, rows in wave]
     lengths = [len(prompt) for prompt in prompts]
-    cache = WaveCache(lengths, counts, max(sampling.max_completion_length - 1, 1), device)
+    capacity = max(sampling.max_completion_length - 1, 1)
+    cache = WaveCache(lengths, counts, capacity, device, policy.cache_bits)
     uniforms_RC = torch.from_numpy(
         np.stack([requests[problem].uniforms[row] for problem, rows in wave for row in rows])
     ).to(device)

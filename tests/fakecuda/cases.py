@@ -3,10 +3,10 @@
 from functools import cached_property, partial
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 from bitsandbytes.functional import QuantState
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,27 +14,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
+from lowmem_grpo.memory.unreal import Values
 from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.load import check_forward
 from lowmem_grpo.policy.lora import LoraLinear4bit
+from lowmem_grpo.rollout.sampler import Request, sample
+from lowmem_grpo.rollout.sampling import Sampling
 from tests.grpo.rollouts import make_groups
 from tests.tiny import SHAPE
 
 __all__ = ["CASES"]
 
 DTYPE = torch.bfloat16
-
-
-class Reads(TorchFunctionMode):
-    """Answers for values that fake tensors do not have: every number that is read is a one."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.item:
-            return 1.0
-        if function is torch.Tensor.tolist:
-            return [1.0] * args[0].numel()  # of vectors only
-        return function(*args, **(kwargs or {}))
 
 
 class OneDevice(TorchDispatchMode):
@@ -51,9 +44,9 @@ class OneDevice(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def without_weights(architecture: str) -> Policy:
-    """A policy with NF4 layers and adapters on the meta device, by the product's own code."""
-    config = AutoConfig.for_model(architecture, **SHAPE)
+def without_weights(architecture: str, tied: bool):
+    """A model with NF4 layers and adapters on the meta device, by the product's own code."""
+    config = AutoConfig.for_model(architecture, **{**SHAPE, "tie_word_embeddings": tied})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=DTYPE, attn_implementation=ATTENTION
@@ -86,10 +79,10 @@ def quant_state(out: int, inside: int) -> QuantState:
     )
 
 
-def fake_policy(architecture: str, backend: str) -> Policy:
+def fake_policy(architecture: str, backend: str, tied: bool) -> Policy:
     """Every parameter and buffer replaced by a fake CUDA tensor (weights that are tied stay so)."""
     with unset_fake_temporarily():
-        model = without_weights(architecture)
+        model = without_weights(architecture, tied)
     replaced = {}
     for module in model.modules():
         for name, tensor in module._buffers.items():
@@ -110,7 +103,17 @@ def fake_policy(architecture: str, backend: str) -> Policy:
     return Policy(model, None, attention=backend, tile_tokens=16, tile_vocab=50)
 
 
-def step(policy, groups, *, checkpointing: bool, offloading: bool) -> dict:
+def roll_out(policy, values: Values) -> list[int]:
+    """Two completions for each of two prompts; their lengths."""
+    values.rows_per_problem = 2
+    requests = [Request([5] * n, [np.full(6, 0.5)] * 2) for n in (7, 4)]
+    how = Sampling(max_completion_length=6, min_completion_length=2)
+    with policy.as_sampler():
+        found = sample(policy, requests, how, end_ids=(0,), batch_size=4)
+    return [len(c.ids) for completions in found for c in completions]
+
+
+def step(policy, groups, **how) -> dict:
     """Reference, update and optimizer step as the trainer does them; what is then on the device."""
     weights = [0.1] * 5
     scoring = Scoring(temperature=0.9, end_ids=(0,))
@@ -123,8 +126,7 @@ def step(policy, groups, *, checkpointing: bool, offloading: bool) -> dict:
     )  # fmt: skip
     batches = pack(groups, weights, **layout)
     stats = accumulate(
-        policy, batches, scoring, epsilon=0.2, epsilon_high=0.28, beta=0.04,
-        checkpointing=checkpointing, offloading=offloading,
+        policy, batches, scoring, epsilon=0.2, epsilon_high=0.28, beta=0.04, **how
     )  # fmt: skip
     places = {f"{p.grad.device.type} {p.grad.dtype}" for p in parameters.values()}
     apply_update(list(parameters.values()), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
@@ -146,15 +148,36 @@ def step(policy, groups, *, checkpointing: bool, offloading: bool) -> dict:
 
 
 def run(
-    architecture: str, *, backend="torch_varlen", layout=None, checkpointing=True, offloading=False
+    architecture: str,
+    *,
+    backend="torch_varlen",
+    layout=None,
+    mlp_tile=0,
+    cache_bits=16,
+    ends=False,
+    **how,
 ) -> dict:
+    """Load (as far as there is something to load), rollout, reference, update, optimizer step."""
     activations.LEAST_BYTES = 1
+    activations.PAGE_BYTES = 1000
+    how = {"checkpointing": True, **how}
     groups = make_groups([(7, [5, 3, 1]), (4, [6, 6])], vocab=128)
-    with FakeTensorMode(), OneDevice(), Reads():
-        policy = fake_policy(architecture, backend)
+    values = Values()
+    with FakeTensorMode(), OneDevice(), values:
+        policy = fake_policy(architecture, backend, tied=not ends)
+        if ends:
+            policy.embedding_to_host()
+        values.number = 0.0  # the difference between packed and plain logits
+        check_forward(policy, architecture)
+        values.number = 1.0
+        policy.set_mlp_tile(mlp_tile)
+        policy.cache_bits = cache_bits
+        if ends:
+            policy.round_head()
+        drawn = roll_out(policy, values)
         if layout is not None:
             policy.layout = lambda groups: layout(tuple(groups), backend, policy.device)
-        return step(policy, groups, checkpointing=checkpointing, offloading=offloading)
+        return {"drawn": drawn, **step(policy, groups, **how)}
 
 
 # What these tests are there to find: one tensor made without its device.
@@ -177,6 +200,17 @@ CASES = {
     **{name: partial(run, name) for name in ("llama", "qwen2", "qwen3")},
     "nothing recomputed": partial(run, "llama", checkpointing=False),
     "inputs on the host": partial(run, "llama", offloading=True),
+    "inputs on the host, overlapping": partial(run, "llama", offloading=True, overlapping=True),
+    "MLPs in tiles": partial(run, "llama", mlp_tile=5),
+    "MLPs in tiles, nothing recomputed": partial(run, "llama", mlp_tile=5, checkpointing=False),
+    "cache of 8 bits": partial(run, "llama", cache_bits=8),
+    "both ends": partial(run, "llama", ends=True),
+    **{
+        f"{name}, everything": partial(
+            run, name, offloading=True, overlapping=True, mlp_tile=5, cache_bits=8, ends=True
+        )
+        for name in ("llama", "qwen2", "qwen3")
+    },
     "sdpa": partial(run, "llama", backend="sdpa"),
     "tiled": partial(run, "llama", backend="tiled"),
     "index on the CPU": partial(run, "llama", layout=IndexOnTheCpu),

@@ -40,16 +40,22 @@ def told(part):
     return [event._replace(id=ids[event.id]) for event in part.events]
 
 
-def parts(config, built, card, attention, *, short, offloading=False, checkpointing=True):
+def parts(
+    config, built, card, attention, *, short, offloading=False, checkpointing=True,
+    overlapping=False, mlp_tile=0, cache_bits=16, ends=(False, 16),
+):  # fmt: skip
     """The events of each part of a step."""
+    config = config.settled(
+        {"memory.embedding_on_host": ends[0], "model.lm_head_bits": ends[1]}, "test"
+    )
     phases = Phases(config, built, card, dtype=torch.bfloat16, attention=attention)
     assert phases._short
     phases._short = short
-    found = [phases._part(phases._load)]
-    found.append(phases._part(phases._roll_out, "rollout", Wave((5, 3), 2, 2, 4), None))
-    found.append(
-        phases._part(phases._score, BATCHES, 0.04, checkpointing, offloading, 8, 999, False)
-    )
+    found = [phases._ready(config)]
+    wave = Wave((5, 3), 2, 2, 4)
+    found.append(phases._part(phases._roll_out, "rollout", wave, mlp_tile, cache_bits, None))
+    how, tiles = (checkpointing, offloading, overlapping), (mlp_tile, 8, 999)
+    found.append(phases._part(phases._score, BATCHES, 0.04, how, tiles, False))
     found.append(phases._part(phases._step))
     assert phases._short == short
     return found
@@ -60,6 +66,19 @@ def parts(config, built, card, attention, *, short, offloading=False, checkpoint
     [
         ("llama", CARD, "torch_varlen", {}),
         ("llama", CARD, "torch_varlen", {"offloading": True}),
+        (
+            "qwen3",
+            CARD,
+            "torch_varlen",
+            {
+                "offloading": True,
+                "overlapping": True,
+                "mlp_tile": 10,
+                "cache_bits": 8,
+                "ends": (True, 8),
+            },
+        ),
+        ("llama", CARD, "torch_varlen", {"checkpointing": False, "mlp_tile": 10}),
         ("llama", CARD, "sdpa", {"checkpointing": False}),
         ("qwen2", CARD, "torch_varlen", {}),
         ("qwen3", CARD, "torch_varlen", {"checkpointing": False}),
@@ -71,14 +90,15 @@ def test_a_short_trace_made_deep_is_the_deep_one(
     tmp_path, monkeypatch, kind, card, attention, case
 ):
     monkeypatch.setattr(activations, "LEAST_BYTES", 1)
+    monkeypatch.setattr(activations, "PAGE_BYTES", 1000)
     config, built = configured(tmp_path), model_config(tmp_path, kind)
     short = parts(config, built, card, attention, short=True, **case)
     whole = parts(config, built, card, attention, short=False, **case)
     for one, other in zip(short, whole, strict=True):
         assert told(one) == told(other)
-        assert (one.kept, one.pinned) == (other.kept, other.pinned)
+        assert (one.kept, one.host) == (other.kept, other.host)
         assert len(one.gradients) == len(other.gradients)
-    assert (short[2].pinned > 0) == ("offloading" in case)
+    assert (short[2].host > 0) == ("offloading" in case)
 
 
 def test_one_layer_stands_for_all_at_tokens_on_the_way(tmp_path, monkeypatch):
@@ -86,8 +106,9 @@ def test_one_layer_stands_for_all_at_tokens_on_the_way(tmp_path, monkeypatch):
 
     def peaks():
         phases = Phases(config, built, CARD, dtype=torch.bfloat16, attention="torch_varlen")
-        phases._part(phases._load)
-        part = phases._part(phases._roll_out, "rollout", Wave((50, 50), 32, 1500, 1500), None)
+        phases._ready(config)
+        wave = Wave((50, 50), 32, 1500, 1500)
+        part = phases._part(phases._roll_out, "rollout", wave, 0, 16, None)
         usage = simulate(part.events)
         return usage.peak_allocated, usage.peak_reserved, len(part.events)
 
@@ -157,7 +178,7 @@ def test_a_model_of_unlike_layers_is_traced_whole(tmp_path):
     phases = Phases(
         configured(tmp_path), built, CARD, dtype=torch.bfloat16, attention="torch_varlen"
     )
-    part = phases._part(phases._load)
+    part = phases._ready(configured(tmp_path))
     layers = {event.module for event in part.events if event.module.endswith("q_proj.base_layer")}
     assert len(layers) == DEPTH
 

@@ -10,17 +10,17 @@ from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import PlanError
 from lowmem_grpo.memory.admit import admit, refusal, solved
 from lowmem_grpo.memory.card import MARGIN, PlanCard
+from lowmem_grpo.memory.largest import _last_below_one, largest
 from lowmem_grpo.memory.plan import Planner
 from lowmem_grpo.memory.settle import (
-    _last_below_one,
-    _Search,
+    Search,
     equal_parts,
-    largest,
     rollout_sizes,
     settle,
     settle_evaluation,
     settle_sampling,
 )
+from lowmem_grpo.policy.activations import PAGE_BYTES
 from tests.memory.test_plan import GIB, MODEL, phase
 
 MIB = 2**20
@@ -52,8 +52,17 @@ def configured(model, **settings):
 
 @cache
 def planner(model, where):
-    """One for each card, so that a shape is traced once."""
-    return Planner(configured(model), where)
+    """One for each card, and one set of traces for all: the cards here differ in their memory
+    alone, which no trace looks at.
+    """
+    found = Planner(configured(model), where)
+    found.phases = phases(model)
+    return found
+
+
+@cache
+def phases(model):
+    return Planner(configured(model), LARGE).phases
 
 
 def settled(model, where, **settings):
@@ -109,6 +118,7 @@ def test_reasons_say_only_what_was_tried(model):
     assert "nothing fits" in config.sources["memory.gradient_checkpointing"]
 
 
+@pytest.mark.slow
 def test_adapters_that_do_not_fit_are_not_blamed_on_lengths(model):
     where = card(1700)  # update 1,381 MiB, optimizer 2,006
     big = configured(model, lora__r=512)
@@ -131,12 +141,16 @@ def test_what_is_pinned_stays(model):
         assert plan.reasons[key] == "test"
         assert key not in config.chosen
     assert config.sources["memory.logits_tile_tokens"].startswith("plan: ")
-    assert set(config.chosen) == {"memory.logits_tile_tokens", "memory.activation_offloading"}
+    assert set(config.chosen) == {
+        "memory.logits_tile_tokens", "memory.activation_offloading", "memory.offload_overlap",
+        "memory.mlp_tile_tokens", "memory.kv_cache_bits", "memory.embedding_on_host",
+    }  # fmt: skip
 
 
 def test_layers_inputs_move_to_the_host_when_nothing_else_helps(model):
     long = {"rollout__max_completion_length": 3000, "rollout__num_generations": 2}
-    long["memory__gradient_checkpointing"] = True
+    long |= {"memory__gradient_checkpointing": True, "memory__mlp_tile_tokens": 0}
+    long["memory__embedding_on_host"] = False
     kept = {"memory__activation_offloading": False}
     tokens = 64 + 3000 - 1
     pinned = tokens * LAYERS * MODEL["hidden_size"] * 2
@@ -147,13 +161,41 @@ def test_layers_inputs_move_to_the_host_when_nothing_else_helps(model):
     config, plan = settled(model, where, **long)
     assert plan.fits
     assert config.memory.activation_offloading is True
-    rounded = LAYERS * 2 * MIB  # pinned memory comes in powers of two
+    rounded = -(-pinned // PAGE_BYTES) * PAGE_BYTES
     assert pinned < rounded <= plan.host_bytes < rounded + 42 * MIB
     assert phase(plan, "update").components["checkpoints"] < pinned / LAYERS * 2
     poor = dataclasses.replace(where, host_bytes=pinned // 2)
     _, plan = settled(model, poor, memory__activation_offloading=True, **long)
     assert not plan.fits
     assert "of host memory would be pinned" in plan.verdict()
+
+
+@pytest.mark.slow
+def test_what_takes_the_least_is_tried_last_and_each_says_why(model):
+    """One long completion on ever smaller cards: the settings that cost time, or change what is
+    sampled from, come when nothing else is left.
+    """
+    long = {"rollout__max_completion_length": 3000, "rollout__num_generations": 2}
+    found = [settled(model, card(mib), **long) for mib in (2000, 190, 125)]
+    assert all(plan.fits for _, plan in found)
+    keys = "activation_offloading", "offload_overlap", "kv_cache_bits", "embedding_on_host"
+    assert [tuple(getattr(c.memory, key) for key in keys) for c, _ in found] == [
+        (False, False, 16, False),
+        (True, True, 16, False),
+        (True, False, 8, True),
+    ]
+    assert [c.memory.mlp_tile_tokens for c, _ in found] == [4096, 4096, 1024]
+    for config, _ in found:
+        for key in (*keys, "mlp_tile_tokens"):
+            assert config.sources[f"memory.{key}"].startswith("plan: ")
+
+
+def test_a_tied_embedding_stays_on_the_card(model, tmp_path):
+    fields = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config, _ = settle(Planner(configured(tmp_path), SMALL), configured(tmp_path))
+    assert config.memory.embedding_on_host is False
+    assert "head as well" in config.sources["memory.embedding_on_host"]
 
 
 def test_an_evaluation_gets_its_own_batch(model):
@@ -172,7 +214,7 @@ def test_the_largest_completion_fits_and_a_little_more_does_not(model):
     length = largest(planner(model, SMALL), config, "max_completion_length")
     assert 64 < length < WINDOW - 64
     above = configured(model, rollout__max_completion_length=int(length * 1.03))
-    assert _Search(planner(model, SMALL), above).smallest_share() > 1
+    assert Search(planner(model, SMALL), above).smallest_share() > 1
     assert settled(model, SMALL, rollout__max_completion_length=length)[1].fits
     longer = 2 * length  # far beyond what choices leave free
     assert not settled(model, SMALL, rollout__max_completion_length=longer)[1].fits

@@ -1,4 +1,6 @@
-"""Layer inputs on the host: the same gradients, and nothing else is moved."""
+"""Layer inputs on the host: the same gradients, nothing else is moved, and no copy overtakes what
+it depends on.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from lowmem_grpo.policy.load import load_policy
 class Counted(HostBuffers):
     """Remembers what was put and taken."""
 
-    def __init__(self):
+    def __init__(self, side=None):
+        super().__init__(side)
         self.put_, self.taken = [], []
 
     def put(self, x):
@@ -25,12 +28,40 @@ class Counted(HostBuffers):
         return found
 
 
+class LateStream:
+    """A stream in the sense of CUDA's programming guide, at its slowest: what is asked of it
+    happens when somebody waits for it, and no earlier. Copies happen in the order in which they
+    were asked for; who does not wait finds what was there before.
+    """
+
+    def __init__(self):
+        self.asked, self.done, self.most = [], 0, 0
+
+    def run(self, copy):
+        self.asked.append(copy)
+        self.most = max(self.most, len(self.asked) - self.done)
+        return len(self.asked)
+
+    def wait(self, number):
+        while self.done < number:
+            self.asked[self.done]()
+            self.asked[self.done] = None  # and with it what it holds
+            self.done += 1
+
+
 @pytest.fixture(scope="module")
 def policy(tiny_model_dir):
     return load_policy(
         str(tiny_model_dir), device="cpu", dtype=torch.float32, attention="sdpa", seed=0,
         tile_tokens=7, tile_vocab=50, adapters=AdapterSettings(r=4, lora_alpha=8),
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Every tensor is large enough to be moved, and none fits a page."""
+    monkeypatch.setattr(activations, "LEAST_BYTES", 1)
+    monkeypatch.setattr(activations, "PAGE_BYTES", 1000)
 
 
 def gradients(policy, **how):
@@ -56,13 +87,14 @@ def gradients(policy, **how):
     return found
 
 
-def test_gradients_do_not_change(policy, monkeypatch):
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1)
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_gradients_do_not_change(policy, overlapping):
     for parameter in policy.adapter_parameters().values():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
     plain = gradients(policy)
-    policy.buffers = Counted()
-    moved = gradients(policy, checkpointing=True, offloading=True)
+    late = LateStream()
+    policy.buffers = Counted(late)
+    moved = gradients(policy, checkpointing=True, offloading=True, overlapping=overlapping)
     layers = policy.causal_lm.config.num_hidden_layers
     inputs = [shape for shape in policy.buffers.put_ if shape == (1, 15, 64)]
     assert len(inputs) >= layers
@@ -72,16 +104,24 @@ def test_gradients_do_not_change(policy, monkeypatch):
         assert torch.allclose(moved[name], gradient, rtol=1e-5, atol=1e-7), name
     again = gradients(policy, checkpointing=True)
     assert all(torch.equal(again[name], moved[name]) for name in moved)  # to the bit
+    assert bool(late.asked) is overlapping
+    pages = len(policy.buffers.pages)
+    size = sum(4 * torch.Size(shape).numel() for shape in policy.buffers.put_)
+    assert pages == -(-size // 1000)
+    # A second pass, of other shapes or not, uses the same pages.
+    once_more = gradients(policy, checkpointing=True, offloading=True, overlapping=overlapping)
+    assert all(torch.equal(once_more[name], moved[name]) for name in moved)
+    assert len(policy.buffers.pages) == pages
 
 
-def test_without_offloading_nothing_is_moved(policy, monkeypatch):
-    monkeypatch.setattr(activations, "LEAST_BYTES", 1)
+def test_without_offloading_nothing_is_moved(policy):
     policy.buffers = Counted()
     gradients(policy, checkpointing=True)
     assert policy.buffers.put_ == []
 
 
-def test_small_tensors_and_parameters_stay():
+def test_small_tensors_and_parameters_stay(monkeypatch):
+    monkeypatch.undo()
     buffers = Counted()
     weight = torch.nn.Parameter(torch.ones(1024, 512), requires_grad=False)
     x = torch.ones(1024, 1024, requires_grad=True)
@@ -94,3 +134,29 @@ def test_small_tensors_and_parameters_stay():
     assert buffers.put_ == [(1024, 1024)]
     out.backward()
     assert torch.equal(x.grad[0, :2], torch.full((2,), 18.0 + 512.0))
+
+
+def test_one_tensor_leaves_and_one_arrives_at_a_time():
+    late = LateStream()
+    buffers = HostBuffers(late)
+    buffers.begin(overlap=True)
+    tensors = [torch.full((n, 7), float(n), dtype=torch.bfloat16) for n in range(1, 9)]
+    kept = [buffers.put(x.clone()) for x in tensors]
+    buffers.let_go()
+    assert late.done == len(tensors)  # all have left when the forward pass is over
+    for place in reversed(range(len(tensors))):
+        assert torch.equal(buffers.take(kept[place]), tensors[place])
+    assert late.most == 1
+    assert late.done == len(late.asked) == 2 * len(tensors)
+
+
+def test_another_order_than_backwards_is_right_too():
+    buffers = HostBuffers(LateStream())
+    buffers.begin(overlap=True)
+    tensors = [torch.full((3, 5), float(n)) for n in range(4)]
+    kept = [buffers.put(x.clone()) for x in tensors]
+    buffers.let_go()
+    for place in (1, 3, 3, 0, 2):
+        assert torch.equal(buffers.take(kept[place]), tensors[place])
+    buffers.begin(overlap=False)  # a backward pass that was given up leaves nothing behind
+    assert torch.equal(buffers.take(buffers.put(tensors[2])), tensors[2])

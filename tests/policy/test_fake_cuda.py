@@ -1,4 +1,5 @@
-"""The reference pass, the update and the optimizer step on fake CUDA tensors, by the real code.
+"""The forward check, a rollout, the reference pass, the update and the optimizer step on fake CUDA
+tensors, by the real code.
 
 No kernel runs: what these tests find is a tensor on the wrong device or of the wrong dtype, and an
 operation that CUDA's dispatch would refuse. See tests/fakecuda.
@@ -22,11 +23,18 @@ def cases(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "case", ["llama", "qwen2", "qwen3", "nothing recomputed", "inputs on the host", "sdpa", "tiled"]
-)
+    "case",
+    [
+        "llama", "qwen2", "qwen3", "nothing recomputed", "inputs on the host",
+        "inputs on the host, overlapping", "MLPs in tiles", "MLPs in tiles, nothing recomputed",
+        "cache of 8 bits", "both ends", "llama, everything", "qwen2, everything",
+        "qwen3, everything", "sdpa", "tiled",
+    ],
+)  # fmt: skip
 def test_a_step_runs_on_cuda_and_keeps_float32_adapters(cases, case):
     found = cases[case]
     assert found["error"] is None
+    assert found["drawn"] == [6] * 4
     assert found["batches"] == 2
     assert found["layers"] == 14  # seven linear layers in each of two blocks, all of them ours
     assert found["parameters"] == 28

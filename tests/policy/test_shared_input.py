@@ -138,7 +138,7 @@ def test_rows_of_blocks_that_cross_them_have_no_inference_kernel(tmp_path):
 def test_what_the_sampler_keeps_is_told(kind):
     policy = open_policy(kind, dtype=torch.bfloat16)
     bases = sum(m.weight.numel() for s in policy._shared for m in [x.base_layer for x in s.layers])
-    kept = dict(policy.sampler_tensors())
-    weights = [x for name, x in policy.sampler_tensors() if name == "inference.weight"]
+    kept = dict(policy.tensors_beside())
+    weights = [x for name, x in policy.tensors_beside() if name == "inference.weight"]
     assert sum(x.numel() for x in weights) == (bases if has_avx512bf16() else 0)
     assert ("inference.absmax" in kept) == has_avx512bf16()

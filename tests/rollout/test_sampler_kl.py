@@ -18,12 +18,16 @@ QUESTIONS = "What is 3 + 4?", "Name three colours, and say which one you like be
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moved", [0.0, 0.01])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_sampler_and_trainer_of_the_demo_model_agree(demo_model, dtype, limit, moved):
+@pytest.mark.parametrize(
+    ("dtype", "bits", "limit"),
+    [(torch.float32, 16, 1e-6), (torch.bfloat16, 16, 1e-2), (torch.float32, 8, 1e-2)],
+)
+def test_sampler_and_trainer_of_the_demo_model_agree(demo_model, dtype, bits, limit, moved):
     policy = load_policy(
         demo_model, device="cpu", dtype=dtype, attention="tiled",
         adapters=AdapterSettings(r=16, lora_alpha=32), seed=0, tile_tokens=512, tile_vocab=2048,
     )  # fmt: skip
+    policy.cache_bits = bits
     if moved:
         move_adapters(policy, moved)
     groups = sample_groups(
@@ -42,4 +46,5 @@ def test_sampler_and_trainer_of_the_demo_model_agree(demo_model, dtype, limit, m
     with policy.as_trainable():
         logprobs_N, _ = Scoring(1.0, end_token_ids(policy))(policy, batch)
     found = k3(batch.old_logprobs_N, logprobs_N.detach()).mean().item()
+    print(f"{dtype}, cache of {bits} bits, adapters moved by {moved}: mean k3 {found:.2g}")
     assert found < limit
