@@ -185,6 +185,8 @@ def test_more_completions_take_more_steps_and_no_more_memory(policy):
     few, many = found
     tokens = many.counts["update"]["trunk"] - few.counts["update"]["trunk"]
     assert tokens > 300
-    assert many.peaks["rollout"] == few.peaks["rollout"]
+    # The prompt's last hidden state, from which completions begin that take a place later.
+    row = policy.trunk.config.hidden_size * policy.dtype.itemsize
+    assert many.peaks["rollout"] == few.peaks["rollout"] + row
     for name in ("reference", "update"):
         assert many.peaks[name] - few.peaks[name] < 64 * tokens

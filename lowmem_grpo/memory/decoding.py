@@ -46,7 +46,7 @@ def decode(policy, wave: Wave, r, recorder, places: int | None = None) -> None:
             tokens_R, _ = choose(logits_RV, uniforms_RC[:, t], sampling)
             if t == wave.tokens - 1:
                 break
-            cache.tokens = t
+            cache.jump(t)
             with _few_layers(policy, recorder, 0 < t < last - 1):
                 hidden_RD = policy.hidden(tokens_R, cache.positions(), cache)
             cache.advance()

@@ -65,7 +65,9 @@ class WaveCache:
         short = self.longest * SHORT <= capacity
         self.copied = self.longest if short and torch.device(device).type == "cpu" else 0
         """Tokens before a row's own that are a copy of its prompt."""
-        self.tokens = 0
+        self.tokens = [0] * sum(rows_per_problem)  # of each row, and the same on the device
+        self.tokens_R = torch.zeros(len(self.tokens), dtype=torch.int64, device=device)
+        self._changes = 0
         self.prompts: dict[int, tuple[Stored, Stored]] = {}  # keys and values of each layer
         self.own: dict[int, tuple[Stored, Stored]] = {}
         self._arrange()
@@ -84,17 +86,34 @@ class WaveCache:
 
     def positions(self) -> torch.Tensor:
         """int64 [R]: the position of each row's next token."""
-        return self.lengths_B[self.problem_R] + self.tokens
+        return self.lengths_B[self.problem_R] + self.tokens_R
 
     def advance(self) -> None:
         """The forward pass of one token a row is done."""
-        self.tokens += 1
+        self.tokens = [count + 1 for count in self.tokens]
+        self.tokens_R += 1
+        self._changes += 1
+
+    def jump(self, tokens: int) -> None:
+        """Go on as if every row had so many tokens."""
+        self.tokens = [tokens] * len(self.tokens)
+        self.tokens_R.fill_(tokens)
+        self._changes += 1
+
+    def restart(self, row: int) -> None:
+        """Another completion of the same problem begins in this row: it has no tokens yet."""
+        self.tokens[row] = 0
+        self.tokens_R[row] = 0
+        self._changes += 1
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows (int64, ascending) and let go of the others, and of prompts without
         rows.
         """
         kept = rows.tolist()
+        self.tokens = [self.tokens[row] for row in kept]
+        self.tokens_R = self.tokens_R[rows]
+        self._changes += 1
         left_B, self.problem_R = self.problem_R[rows].unique(return_inverse=True)
         if left_B.numel() < self.lengths_B.numel():
             self.lengths_B = self.lengths_B[left_B]
@@ -112,9 +131,14 @@ class WaveCache:
         if layer not in self.own:
             self._make_room(layer, key, value)
         own_key, own_value = self.own[layer]
-        everywhere, here = slice(None), self.copied + self.tokens
-        own_key.put((everywhere, everywhere, everywhere, here), key[0].transpose(0, 1))
-        own_value.put((everywhere, everywhere, here, everywhere), value[0].transpose(0, 1))
+        everywhere = slice(None)
+        if min(self.tokens) == max(self.tokens):
+            of_rows, here = everywhere, self.copied + self.tokens[0]
+        else:
+            of_rows = torch.arange(rows, device=self.device)
+            here = self.copied + self.tokens_R
+        own_key.put((of_rows, everywhere, everywhere, here), key[0].transpose(0, 1))
+        own_value.put((of_rows, everywhere, here, everywhere), value[0].transpose(0, 1))
         seen = slice(0, self.copied + self._seen())
         # An exact sixteenth (rather than `scaling`, which would round): unscaled products of models
         # with large key biases leave float16's range.
@@ -162,24 +186,25 @@ class WaveCache:
 
     def _seen(self) -> int:
         """Places of a completion that attention looks at; those it has not reached are masked."""
-        return min(padded_length(self.tokens + 1), self.capacity)
+        return min(padded_length(max(self.tokens) + 1), self.capacity)
 
     def _hidden(self, window) -> torch.Tensor:
         """float32 [R, 1, 1, P + places of a completion]: -inf where a row must not look, else 0."""
-        if self._hidden_for == (self.tokens, self.problem_R.numel(), window):
+        if self._hidden_for == (self._changes, window):
             return self._hidden_mask
         prompt_P = torch.arange(self.longest, device=self.device)
         own_T = torch.arange(self._seen(), device=self.device)
         lengths_R1 = self.lengths_B[self.problem_R, None]
-        beyond_RT = (own_T > self.tokens).expand(lengths_R1.shape[0], -1)
+        tokens_R1 = self.tokens_R[:, None]
+        beyond_RT = own_T > tokens_R1
         hidden = torch.cat([prompt_P >= lengths_R1, beyond_RT], 1)
         if window is not None:
-            here_R1 = lengths_R1 + self.tokens
+            here_R1 = lengths_R1 + tokens_R1
             place = torch.cat([prompt_P.expand(lengths_R1.shape[0], -1), lengths_R1 + own_T], 1)
             hidden |= place <= here_R1 - window
         hides = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
         # All layers of one token share it (those with and without a window take turns at worst).
-        self._hidden_for = (self.tokens, self.problem_R.numel(), window)
+        self._hidden_for = (self._changes, window)
         self._hidden_mask = hides[:, None, None]
         return self._hidden_mask
 

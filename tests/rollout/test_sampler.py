@@ -196,6 +196,32 @@ def test_rows_that_have_ended_leave(policy, monkeypatch):
     assert decoded[-1] < decoded[0]
 
 
+@pytest.mark.parametrize("minimum", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_the_next_completion_of_a_group_takes_the_place_of_one_that_ended(
+    policy, monkeypatch, batch_size, minimum
+):
+    requests = make_requests(policy, [(6, 13)])
+    ends = end_ids(policy, count=12)
+    sampling = Sampling(min_completion_length=minimum, max_completion_length=LENGTH)
+    whole = run(policy, requests, sampling, ends=ends)
+    sizes, drawn = record_trunk(policy, monkeypatch), []
+    found = run(policy, requests, sampling, batch_size=batch_size, ends=ends, advance=drawn.append)
+    assert [(c.ids, c.ended) for c in found[0]] == [(c.ids, c.ended) for c in whole[0]]
+    for one, other in zip(found[0], whole[0], strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+    lengths = [len(c.ids) for c in found[0]]
+    assert sum(drawn) == sum(lengths)
+    assert max(lengths) > 1
+    assert sizes[0] == 6  # the prompt, once
+    # Places are taken as soon as they are free: each forward pass until the last one begins.
+    ends_at, passes = [0] * batch_size, [n - 1 for n in lengths]
+    for count in passes:
+        place = ends_at.index(min(ends_at))
+        ends_at[place] += count
+    assert len(sizes) - 1 == max(ends_at)
+
+
 def test_a_wave_stops_when_all_have_ended(policy, monkeypatch):
     sizes = record_trunk(policy, monkeypatch)
     requests = make_requests(policy, [(4, 3)])
