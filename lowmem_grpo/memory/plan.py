@@ -24,7 +24,7 @@ from lowmem_grpo.memory.allocator import MIB, AllocatorSettings, Event
 from lowmem_grpo.memory.card import PlanCard, card_choices
 from lowmem_grpo.memory.components import COMPONENTS
 from lowmem_grpo.memory.phases import PHASES, Phases
-from lowmem_grpo.memory.shapes import Shapes, completions, longest, tokens
+from lowmem_grpo.memory.shapes import Shapes, completions, longest, pieces, tokens
 from lowmem_grpo.memory.simulate import Usage, add_up, simulate
 from lowmem_grpo.memory.timeline import timeline
 from lowmem_grpo.policy.skeleton import read_model_config
@@ -105,7 +105,7 @@ class MemoryPlan:
         which = f"{_gib(self.peak_reserved_bytes)} {kind} at the peak, mostly for {peak.name}"
         rest = f"{self.card.name} has {_gib(max(self.card.available_bytes, 0))} for it"
         if self.fits:
-            return f"Fits: {which}, {rest}, {_gib(self.headroom_bytes)} are left."
+            return f"Fits: {which}, {rest}, {_gib(self.headroom_bytes)} are left.{self._on_host()}"
         if self.headroom_bytes >= 0:
             return (
                 f"Does not fit: {_gib(self.host_bytes)} of host memory would be pinned, "
@@ -116,6 +116,14 @@ class MemoryPlan:
             f"Does not fit: {which}, {rest}, {_gib(-self.headroom_bytes)} are missing; lower "
             f"{_way_out(peak)}."
         )
+
+    def _on_host(self) -> str:
+        """What the host holds, where a setting moves something there."""
+        moved = "memory.activation_offloading", "memory.embedding_on_host"
+        if not any(self.settings[key] for key in moved):
+            return ""
+        have = "" if self.card.host_bytes is None else f", which has {_gib(self.card.host_bytes)}"
+        return f" {_gib(self.host_bytes)} lie in host memory{have}."
 
 
 class Planner:
@@ -212,7 +220,7 @@ class Planner:
             "rollout": f"traced: {len(wave.prompts)} prompts of up to {max(wave.prompts)} tokens, "
             f"{len(wave.prompts) * wave.rows} rows; decoded at a few places up to token "
             f"{wave.tokens}",
-            "update": f"traced with full micro-batches: {batches}",
+            "update": f"traced with full micro-batches: {batches}{_cut(config)}",
             "host_bytes": "pinned pages, an embedding on the host, and the copies of adapters and "
             "optimizer state that a checkpoint makes; Python and torch themselves are not counted",
         }
@@ -277,6 +285,19 @@ def value_of(config: Config, key: str) -> Any:
     """The value of "section.key"."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
+
+
+def _cut(config: Config) -> str:
+    """What cutting groups into several micro-batches costs."""
+    r, count = config.rollout, pieces(config)
+    if count == 1:
+        return ""
+    group = r.max_prompt_length + r.num_generations * (r.max_completion_length - 1)
+    more = 100 * (count - 1) * r.max_prompt_length / group
+    return (
+        f"; a group of the longest completions is cut into {count}, and its prompt computed "
+        f"{count} times: {more:.1f}% more tokens"
+    )
 
 
 def _way_out(peak: PhasePlan) -> str:

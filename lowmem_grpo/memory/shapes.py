@@ -22,6 +22,7 @@ __all__ = [
     "longest",
     "met",
     "packed",
+    "pieces",
     "tokens",
     "wave",
 ]
@@ -118,6 +119,18 @@ def fullest(config: Config, padded: bool = False) -> tuple[Batch, ...]:
     most = ((prompt, (take + 1,) * r.num_generations),) * groups
     # Twice, if they are the same: a second one meets the gradients that the first left.
     return first, most or first, *(_uneven(config) if padded else ())
+
+
+def pieces(config: Config) -> int:
+    """Micro-batches that a group of the longest completions is cut into: so often is its prompt
+    computed in one pass over the step.
+    """
+    r, budget = config.rollout, config.memory.micro_batch_tokens
+    longest = r.max_completion_length - 1  # in trunk tokens
+    if longest == 0:
+        return 1
+    together = max(1, (budget - r.max_prompt_length) // longest)  # one at least, however long
+    return -(-r.num_generations // together)
 
 
 def _uneven(config: Config) -> list[Batch]:

@@ -22,7 +22,7 @@ from lowmem_grpo.memory.phases import PHASES, Phases
 from lowmem_grpo.memory.plan import Planner
 from lowmem_grpo.memory.rules import CudaRules
 from lowmem_grpo.memory.settle import settle
-from lowmem_grpo.memory.shapes import Wave, fullest, groups_of, longest
+from lowmem_grpo.memory.shapes import Wave, fullest, groups_of, longest, pieces
 from lowmem_grpo.memory.simulate import simulate
 from lowmem_grpo.memory.trace import Recorder, named_tensors
 from lowmem_grpo.memory.unreal import Values
@@ -243,6 +243,20 @@ def test_micro_batches_are_full_and_whole(model):
             assert len(shape) <= 2
             assert rows <= 8
     assert batch.tokens == 2 * (64 + 4 * 255)
+
+
+@pytest.mark.parametrize("budget", [1, 319, 320, 574, 575, 830, 1083, 1084, 5000])
+def test_what_cutting_a_group_costs_is_told(model, budget):
+    config = configured(model, memory__micro_batch_tokens=budget)
+    (group,) = groups_of(((64, (256,) * 4),))
+    batches = pack([group], [0.25] * 4, max_tokens=budget)
+    assert pieces(config) == len(batches)
+    more = sum(batch.tokens for batch in batches) - (64 + 4 * 255)
+    note = planned(model, memory__micro_batch_tokens=budget).reasons["update"]
+    assert ("more tokens" in note) == (more > 0)
+    if more:
+        assert f"cut into {len(batches)}" in note
+        assert f"{100 * more / 1084:.1f}% more tokens" in note
 
 
 def test_an_attention_that_pads_is_planned_for_uneven_groups(model):

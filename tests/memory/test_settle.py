@@ -161,6 +161,7 @@ def test_layers_inputs_move_to_the_host_when_nothing_else_helps(model):
     config, plan = settled(model, where, **long)
     assert plan.fits
     assert config.memory.activation_offloading is True
+    assert "lie in host memory." in plan.verdict()
     rounded = -(-pinned // PAGE_BYTES) * PAGE_BYTES
     assert pinned < rounded <= plan.host_bytes < rounded + 42 * MIB
     assert phase(plan, "update").components["checkpoints"] < pinned / LAYERS * 2
