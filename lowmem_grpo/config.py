@@ -44,6 +44,8 @@ class ModelConfig(_Section):
     """Backend of the shared-prefix attention; auto follows the hardware."""
     lm_head_bits: Literal[8, 16] = 16
     """Of the output head; 16 is the compute dtype. 8 is another model, in every role alike."""
+    lm_head_kernels: Literal["torch", "triton"] = "torch"
+    """What makes the passes over the head's tiles. triton has not been run on a card yet."""
     chat_template: str | None = None
     """A file with a chat template, for a model that has none."""
 

@@ -66,6 +66,7 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
         cache_bits=config.memory.kv_cache_bits,
         embedding_on_host=config.memory.embedding_on_host,
         lm_head_bits=config.model.lm_head_bits,
+        lm_head_kernels=config.model.lm_head_kernels,
     )
     if adapter is not None:
         policy.load_adapter_state(read_adapter(adapter))

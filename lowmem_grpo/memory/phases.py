@@ -40,6 +40,7 @@ from lowmem_grpo.memory.trace import Recorder
 from lowmem_grpo.memory.unreal import (
     CountedBuffers,
     FewTiles,
+    NoKernels,
     Scaler,
     Values,
     counted_table,
@@ -222,6 +223,8 @@ class Phases:
             self._values.number = 0.0  # the difference between packed and plain logits
             check_forward(self._policy, self._config.model.name)
             self._values.number = 1.0
+            if self._config.model.lm_head_kernels == "triton":
+                self._policy.head_kernels = NoKernels
             if bits == 8:
                 self._policy.round_head()
         self._policies[self._ends] = self._policy

@@ -39,11 +39,10 @@ ENOUGH_TOKENS = 16384  # of a micro-batch
 GOOD_TOKENS = 4096  # with fewer, checkpointing and more tokens are as fast as none
 EVALUATED = 64  # rows of an evaluation's wave
 TILES = ((1024, 32768), (1024, 16384), (1024, 8192), (512, 8192), (256, 4096))
-TILE_BYTES = 10  # an element of a tile: its product in 16 bits, and two of float32
+TILE_BYTES = {"torch": 10, "triton": 2}  # an element: 16 bits, with torch two of float32
 TILE_SHARE = 0.02
 MLP_TILE, LEAST_MLP_TILE = 4096, 1024  # tokens
-AUTO = "auto"
-ORIGIN = "plan"
+AUTO, ORIGIN = "auto", "plan"
 
 
 def settle(planner: Planner, config: Config) -> tuple[Config, MemoryPlan]:
@@ -126,8 +125,12 @@ class Search:
         for rows, words in TILES:
             self.set("memory.logits_tile_tokens", rows)
             self.set("memory.logits_tile_vocab", min(words, vocab))
-            if TILE_BYTES * rows * min(words, vocab) <= allowed:
+            if self._tile_bytes() <= allowed:
                 break
+
+    def _tile_bytes(self) -> int:
+        m, kernels = self.config.memory, self.config.model.lm_head_kernels
+        return TILE_BYTES[kernels] * m.logits_tile_tokens * m.logits_tile_vocab
 
     # --- What fits, as a share of the room that there is: up to 1 does
 
@@ -207,8 +210,7 @@ class Search:
         self.reasons["memory.embedding_on_host"] = "does not fit without it"
 
     def _choose_sizes(self) -> None:
-        tiles = self.config.memory
-        size = TILE_BYTES * tiles.logits_tile_tokens * tiles.logits_tile_vocab >> 20
+        size = self._tile_bytes() >> 20
         for key in ("memory.logits_tile_tokens", "memory.logits_tile_vocab"):
             self.reasons[key] = f"a tile of the head takes about {size} MiB, a fiftieth of the card"
         self.reasons["memory.rollout_batch_size"] = self.choose_rows()
@@ -248,8 +250,7 @@ class Search:
     def choose_evaluation(self) -> str:
         """Of `eval.batch_size`; returns the reason."""
         values = self._evaluation_sizes()
-        fits = self._grow("eval.batch_size", values, self.evaluation_share)
-        if not fits:
+        if not self._grow("eval.batch_size", values, self.evaluation_share):
             return "not even one problem at a time fits"
         return "the most problems at once that fit, 64 at most"
 
@@ -264,12 +265,7 @@ class Search:
         tokens, checkpointing = "memory.micro_batch_tokens", "memory.gradient_checkpointing"
         offloading, tile = "memory.activation_offloading", "memory.mlp_tile_tokens"
         values = self._budgets()
-        fits = False
-        for way in self._ways():
-            if not fits:
-                for key, value in way.items():
-                    self.set(key, value)
-                fits = self._grow(tokens, values, self.update_share)
+        fits = any(self._fits_in(way, values) for way in self._ways())
         m = self.config.memory
         reasons = {
             offloading: "does not fit without it" if m.activation_offloading else "not needed",
@@ -307,6 +303,11 @@ class Search:
             reasons[tile] = "not needed, micro-batches fit with whole ones"
         reasons[tokens] = self._why_tokens(values)
         return reasons
+
+    def _fits_in(self, way: dict[str, Any], values: Sequence[int]) -> bool:
+        for key, value in way.items():
+            self.set(key, value)
+        return self._grow("memory.micro_batch_tokens", values, self.update_share)
 
     def _ways(self) -> list[dict[str, Any]]:
         """What can be kept for backward, and where: from the fastest to what takes the least."""

@@ -19,7 +19,7 @@ from lowmem_grpo.grpo.update import Scoring
 from lowmem_grpo.policy.activations import PAGE_BYTES, HostBuffers
 from lowmem_grpo.policy.ends import HostTable
 
-__all__ = ["HOST", "CountedBuffers", "FewTiles", "Scaler", "Values", "counted_table"]
+__all__ = ["HOST", "CountedBuffers", "FewTiles", "NoKernels", "Scaler", "Values", "counted_table"]
 
 HOST = "host"
 """The component of what lies on the host."""
@@ -135,6 +135,18 @@ class CountedBuffers(HostBuffers):
 
     def copy(self, x: torch.Tensor, at: int, *, to_host: bool) -> None:
         pass
+
+
+class NoKernels:
+    """Stands for policy/head_kernels.py, whose kernels work in place and allocate one vector."""
+
+    @staticmethod
+    def merge(z_nv, targets_n, running, start, scale):
+        return torch.empty_like(running[0])
+
+    @staticmethod
+    def probabilities_(z_nv, targets_n, max_n, start, scale):
+        return z_nv
 
 
 def counted_table(recorder) -> type:

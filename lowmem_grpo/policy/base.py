@@ -65,7 +65,8 @@ class Policy:
     def __init__(self, model, tokenizer, *, attention: str, tile_tokens: int, tile_vocab: int):
         """`model`: a PeftModel over a transformers causal LM whose attention is `ATTENTION`.
 
-        `cache_bits`, which may be set later: of the sampler's keys and values, 16 or 8.
+        What may be set later: `cache_bits` of the sampler's keys and values, 16 or 8;
+        `head_kernels`, which make the passes over the head's tiles, None for torch.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -73,6 +74,7 @@ class Policy:
         self.tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
         self.buffers = HostBuffers()
         self.cache_bits = 16
+        self.head_kernels = None
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
         self.causal_lm = model.get_base_model()
@@ -199,6 +201,7 @@ class Policy:
             self.head_weight_VD,
             targets_N,
             bias_V=self.head_bias_V,
+            kernels=self.head_kernels,
             **options,
             **self.tiles,
         )

@@ -50,13 +50,15 @@ def load_policy(
     cache_bits: int = 16,
     embedding_on_host: bool = False,
     lm_head_bits: int = 16,
+    lm_head_kernels: str = "torch",
 ) -> Policy:
     """Load tokenizer and NF4 base, attach fresh adapters and check the forward pass. Raises
     ModelError.
 
     `mlp_tile`: tokens that an MLP computes at a time; 0: all. `cache_bits`: of the sampler's keys
-    and values. `lm_head_bits`: 16 is the compute dtype.
+    and values. `lm_head_bits`: 16 is the compute dtype. `lm_head_kernels`: torch or triton.
     """
+    head_kernels = _triton_kernels(device) if lm_head_kernels == "triton" else None
     source = resolve(name)
     tokenizer = load_tokenizer(name, chat_template)
     with quiet_libraries():
@@ -70,7 +72,7 @@ def load_policy(
     policy = Policy(
         peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
     )
-    policy.cache_bits = cache_bits
+    policy.cache_bits, policy.head_kernels = cache_bits, head_kernels
     if embedding_on_host:
         policy.embedding_to_host()
     check_forward(policy, name)
@@ -78,6 +80,20 @@ def load_policy(
     if lm_head_bits == 8:
         policy.round_head()
     return policy
+
+
+def _triton_kernels(device: str):
+    if not device.startswith("cuda"):
+        raise ModelError(
+            f"model.lm_head_kernels = triton needs a CUDA card, this is {device}: use torch"
+        )
+    try:
+        from lowmem_grpo.policy import head_kernels
+    except ImportError as error:
+        raise ModelError(
+            f"model.lm_head_kernels = triton: {error}; pip install triton, or use torch"
+        ) from error
+    return head_kernels
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):

@@ -47,6 +47,7 @@ def token_logprobs(
     entropy_gradient: bool = False,
     tile_tokens: int = 1024,
     tile_vocab: int = 16384,
+    kernels=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target and entropy of its distribution, both float32 of shape [N].
 
@@ -55,7 +56,9 @@ def token_logprobs(
     a tensor (a head in 8 bits: ends.py). The products run in that dtype; everything after them is
     float32. In rows where `forbidden_N` (bool) is true the tokens `forbidden_ids` have probability
     zero: the sampler's "no end yet" rule, scored as it was sampled. Log-probabilities are
-    differentiable with respect to `hidden_ND`, and entropies with `entropy_gradient`.
+    differentiable with respect to `hidden_ND`, and entropies with `entropy_gradient`. `kernels`:
+    what makes the passes over a tile (head_kernels.py) where torch is not to; unless an entropy's
+    gradient is asked for.
 
     Raises ValueError for a head that requires gradients, a temperature that is not positive, or a
     shape mismatch.
@@ -79,6 +82,7 @@ def token_logprobs(
         entropy_gradient,
         tile_tokens,
         tile_vocab,
+        None if entropy_gradient else kernels,
     )
 
 
@@ -142,6 +146,7 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy,
         tile_n,
         tile_v,
+        kernels,
     ):
         rows = hidden_ND.shape[0]
         logp_N = torch.empty(rows, dtype=torch.float32, device=hidden_ND.device)
@@ -161,6 +166,15 @@ class _TokenLogprobs(torch.autograd.Function):
             others_nD = h_nD.new_zeros(h_nD.shape, dtype=torch.float32) if directed else None
             for start in range(0, weight_VD.shape[0], tile_v):
                 w_vD = weight_VD[start : start + tile_v]
+                if kernels is not None:
+                    z_nv = _product(ctx.tiles, h_nD, w_vD, bias_V, banned_N, row, start)
+                    running = max_n, sum_n, dot_n, chosen_n  # which are written to
+                    shrink_n = kernels.merge(z_nv, y_n, running, start, scale)
+                    if directed:
+                        others_nD.mul_(shrink_n[:, None])
+                        others_nD += kernels.probabilities_(z_nv, y_n, max_n, start, scale) @ w_vD
+                    del z_nv, w_vD
+                    continue
                 z_nv = _tile(ctx.tiles, h_nD, w_vD, bias_V, banned_N, row, start)
                 inside_n, local_n = _locate(y_n, start, z_nv.shape[1])
                 picked_n = z_nv.gather(1, local_n[:, None])[:, 0]
@@ -206,7 +220,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp_N, grad_entropy_N):
         if ctx.directed:
-            return _along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 9
+            return _along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 10
         hidden_ND, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
         weight_VD, bias_V = ctx.head
         scale, _, tile_n, tile_v = ctx.tiles
@@ -237,7 +251,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_nD += d_nv @ w_vD
                 del d_nv, w_vD
             grad_ND[row] = grad_nD.mul_(scale)
-        return grad_ND, *(None,) * 9
+        return grad_ND, *(None,) * 10
 
 
 def _along(direction_ND, grad_N, tile_n):
@@ -250,9 +264,19 @@ def _along(direction_ND, grad_N, tile_n):
 
 
 def _tile(tiles, h_nD, w_vD, bias_V, banned_N, row, start):
-    scale, banned, _, tile_v = tiles
-    bias_v = None if bias_V is None else bias_V[start : start + tile_v]
-    z_nv = logits_tile(h_nD, w_vD, bias_v, scale)
+    """Scaled logits in float32, -inf where a token is forbidden."""
+    bias_v = None if bias_V is None else bias_V[start : start + w_vD.shape[0]]
+    return _forbid(logits_tile(h_nD, w_vD, bias_v, tiles[0]), tiles[1], banned_N, row, start)
+
+
+def _product(tiles, h_nD, w_vD, bias_V, banned_N, row, start):
+    """The same, not scaled, in the dtype of the product."""
+    bias_v = None if bias_V is None else bias_V[start : start + w_vD.shape[0]]
+    z_nv = torch.nn.functional.linear(h_nD, w_vD, bias_v)
+    return _forbid(z_nv, tiles[1], banned_N, row, start)
+
+
+def _forbid(z_nv, banned, banned_N, row, start):
     if banned_N is not None:
         for token in banned:
             if start <= token < start + z_nv.shape[1]:
