@@ -42,9 +42,13 @@ def cards() -> list[PlanCard]:
     return found
 
 
-def solve(model: Path, card: PlanCard) -> dict:
-    rollout = {"max_prompt_length": 512, "num_generations": 8}
-    config = build_config([("table", {"model": {"name": str(model)}, "rollout": rollout})])
+def solve(model: Path, card: PlanCard, /, **sections) -> dict:
+    """A row of the table; `sections`: settings besides the table's own."""
+    own = {
+        "model": {"name": str(model)},
+        "rollout": {"max_prompt_length": 512, "num_generations": 8},
+    }
+    config = build_config([("table", own), ("technique", sections)])
     planner = Planner(config, card)
     row = {"model": model.stem, "card": card.name, "max_completion_length": None}
     try:
