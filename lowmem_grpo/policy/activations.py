@@ -23,8 +23,8 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
-    "PAGE_BYTES", "HostBuffers", "SideStream", "checkpointed_layers", "kept_on_host",
-    "set_checkpointing",
+    "PAGE_BYTES", "HostBuffers", "SideStream", "checkpointed_layers", "held_by_autograd",
+    "kept_on_host", "set_checkpointing",
 ]  # fmt: skip
 
 LEAST_BYTES = 1 << 20
@@ -174,6 +174,23 @@ def kept_on_host(
         buffers.let_go()
 
 
+def held_by_autograd(x: torch.Tensor) -> torch.Tensor:
+    """x, which asks for no gradient, as something that does (and gets none). A checkpointed layer
+    holds inputs that ask for none by itself, out of reach of `kept_on_host`.
+    """
+    return _Held.apply(x, x.new_empty(0).requires_grad_())
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
 def checkpointed_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers of a transformers model that checkpointing computes again."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -190,5 +207,10 @@ def set_checkpointing(model, enabled: bool) -> None:
         # be kept.
         switch = getattr(model, f"{kind}_checkpointing_enable")
         switch({"use_reentrant": False, "preserve_rng_state": False})
+        # The switch makes the embedding's output ask for a gradient, by one more hook each time:
+        # a leaf, which autograd holds on the device, and whose gradient nobody wants. (transformers
+        # 5.0 does so for some models only, and has nothing to take back for others.)
+        with contextlib.suppress(AttributeError):
+            model.disable_input_require_grads()
     else:
         getattr(model, f"{kind}_checkpointing_disable")()

@@ -33,6 +33,7 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.activations import (
     HostBuffers,
     checkpointed_layers,
+    held_by_autograd,
     kept_on_host,
     set_checkpointing,
 )
@@ -178,9 +179,12 @@ class Policy:
         policy's device.
         """
         on_host = kept_on_host(self.buffers, self._overlapping, self._layers)
+        embedded = self.trunk.get_input_embeddings()(input_ids_T[None])
+        if self._offloading:
+            embedded = held_by_autograd(embedded)
         with on_host if self._offloading else contextlib.nullcontext():
             return self.trunk(
-                input_ids=input_ids_T[None],
+                inputs_embeds=embedded,
                 position_ids=positions_T[None],
                 use_cache=False,
                 layout=layout,

@@ -2,6 +2,8 @@
 it depends on.
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -112,6 +114,36 @@ def test_gradients_do_not_change(policy, overlapping):
     once_more = gradients(policy, checkpointing=True, offloading=True, overlapping=overlapping)
     assert all(torch.equal(once_more[name], moved[name]) for name in moved)
     assert len(policy.buffers.pages) == pages
+
+
+def test_no_layer_input_stays_on_the_device(policy):
+    """The first one, the embedding's output, asks for no gradient by itself."""
+    made = []
+
+    def remember(module, args, output):
+        x = output[0] if isinstance(output, tuple) else output
+        made.append(weakref.ref(x.untyped_storage()))
+
+    watched = [policy.trunk.embed_tokens, *policy.trunk.layers]
+    hooks = [module.register_forward_hook(remember) for module in watched]
+    ids = torch.arange(12)
+    policy.buffers = HostBuffers()
+    try:
+        with policy.as_trainable(checkpointing=True, offloading=True):
+            hidden = policy.hidden(ids, ids, policy.layout([(5, (7,))]))
+            assert [storage() for storage in made] == [None] * 3
+            hidden.sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    policy.model.zero_grad(set_to_none=True)
+
+
+def test_checkpointing_leaves_no_hooks_behind(policy):
+    before = len(policy.trunk.embed_tokens._forward_hooks)
+    for _ in range(3):
+        gradients(policy, checkpointing=True)
+    assert len(policy.trunk.embed_tokens._forward_hooks) == before
 
 
 def test_without_offloading_nothing_is_moved(policy):
