@@ -9,6 +9,7 @@ optimizer step), except that
   allocated whole at the first.
 - an 8-bit optimizer is `rules.StandInAdam8bit`: the real one refuses such tensors.
 - numbers that are read from the device are ones (`memory/unreal.py`).
+- of many tiles of a norm or an MLP four are run (`policy/tiles.py`).
 - of a model whose layers are alike a few are traced, for all of them (`memory/layers.py`).
 - the second step is the first one's events once more, less what the first left behind.
 
@@ -48,6 +49,7 @@ from lowmem_grpo.memory.unreal import (
 from lowmem_grpo.policy.base import Policy
 from lowmem_grpo.policy.load import check_forward
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
+from lowmem_grpo.policy.tiles import few_tiles
 from lowmem_grpo.setup import adapter_settings, open_optimizer, update_settings
 
 __all__ = ["PHASES", "Alone", "Phases", "Traced"]
@@ -187,7 +189,7 @@ class Phases:
     @contextlib.contextmanager
     def _recorder(self):
         """Records what runs within, without values."""
-        with self._fake, self._values, Recorder(**self._recorded) as recorder:
+        with few_tiles(), self._fake, self._values, Recorder(**self._recorded) as recorder:
             if self._policy is not None:
                 recorder.name(self._policy.model)
             yield recorder

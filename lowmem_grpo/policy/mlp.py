@@ -16,6 +16,8 @@ Shapes: T tokens, D hidden size; t is the tokens of a tile.
 
 import torch
 
+from lowmem_grpo.policy.tiles import tiles
+
 __all__ = ["TiledMLP", "tile_mlps"]
 
 NAME = "mlp"
@@ -38,16 +40,16 @@ class TiledMLP(torch.nn.Module):
         if self.tile is None or x.numel() <= self.tile * x.shape[-1]:
             return self._plain[0](x)
         if not torch.is_grad_enabled():
-            return self.tiles(x)
+            return self.in_tiles(x)
         parameters = [p for p in self.parameters() if p.requires_grad]
         return _Compute.apply(self, _Keep.apply(self, x, *parameters))
 
-    def tiles(self, x: torch.Tensor) -> torch.Tensor:
+    def in_tiles(self, x: torch.Tensor) -> torch.Tensor:
         """The output for x of [..., D], a tile at a time. Records nothing for backward."""
         y = torch.empty_like(x)
-        pieces = zip(_split(x, self.tile), _split(y, self.tile), strict=True)
-        for x_tD, y_tD in pieces:
-            y_tD.copy_(self._plain[0](x_tD))
+        x_TD, y_TD = _rows(x), _rows(y)
+        for tile in tiles(len(x_TD), self.tile):
+            y_TD[tile] = self._plain[0](x_TD[tile])
         return y
 
 
@@ -80,14 +82,14 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (x,), tile, wants_x = ctx.saved_tensors, ctx.mlp.tile, ctx.needs_input_grad[1]
+        (x,), wants_x = ctx.saved_tensors, ctx.needs_input_grad[1]
         grad_x = torch.empty_like(x) if wants_x else None
         grads = None
-        into = _split(grad_x, tile) if wants_x else [None] * -(-x[..., 0].numel() // tile)
-        for x_tD, grad_tD, into_tD in zip(_split(x, tile), _split(grad, tile), into, strict=True):
-            found = list(ctx.mlp.again(x_tD, grad_tD, ctx.parameters, wants_x))
+        x_TD, grad_TD = _rows(x), _rows(grad)
+        for tile in tiles(len(x_TD), ctx.mlp.tile):
+            found = list(ctx.mlp.again(x_TD[tile], grad_TD[tile], ctx.parameters, wants_x))
             if wants_x:
-                into_tD.copy_(found.pop(0))
+                _rows(grad_x)[tile] = found.pop(0)
             if grads is None:
                 grads = found
             else:
@@ -100,16 +102,16 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mlp, x):
-        return mlp.tiles(x)
+        return mlp.in_tiles(x)
 
     @staticmethod
     def backward(ctx, grad):
         return None, grad
 
 
-def _split(x: torch.Tensor, tile: int):
-    """x of [..., D] as pieces of [t, D]; views where x is contiguous."""
-    return x.reshape(-1, x.shape[-1]).split(tile)
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x of [..., D] as [T, D], a view where x is contiguous."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def tile_mlps(model: torch.nn.Module) -> list[TiledMLP]:

@@ -21,6 +21,8 @@ import functools
 
 import torch
 
+from lowmem_grpo.policy.tiles import tiles
+
 __all__ = ["RMSNorm", "replace_norms"]
 
 TILE_ELEMENTS = {"cpu": 1 << 18, "card": 1 << 22}
@@ -55,8 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         else:
             y_TD = torch.empty_like(x_TD)
             inverse_T1 = x_TD.new_empty((len(x_TD), 1), dtype=torch.float32) if keep else None
-            for low in range(0, len(x_TD), rows):
-                tile = slice(low, low + rows)
+            for tile in tiles(len(x_TD), rows):
                 y_TD[tile], inverse_t1 = _normed(x_TD[tile], weight_D, eps)
                 if keep:
                     inverse_T1[tile] = inverse_t1
@@ -71,8 +72,7 @@ class _RMSNorm(torch.autograd.Function):
         x_TD, grad_TD = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         found_TD = torch.empty_like(x_TD)
         rows = _tile_rows(x_TD)
-        for low in range(0, len(x_TD), rows):
-            tile = slice(low, low + rows)
+        for tile in tiles(len(x_TD), rows):
             unit_tD = x_TD[tile].float() * inverse_T1[tile]  # of float32 it is x itself
             grad_tD = grad_TD[tile] * weight_D.float()
             along_t1 = (grad_tD * unit_tD).mean(-1, keepdim=True)

@@ -8,13 +8,14 @@ import torch
 
 from lowmem_grpo.config import build_config
 from lowmem_grpo.memory import decoding
+from lowmem_grpo.memory import phases as phases_module
 from lowmem_grpo.memory.card import PlanCard
 from lowmem_grpo.memory.layers import TRACED, alike, base_id, deepened, shortened
 from lowmem_grpo.memory.phases import Phases
 from lowmem_grpo.memory.shapes import Wave
 from lowmem_grpo.memory.simulate import simulate
 from lowmem_grpo.memory.trace import Recorder
-from lowmem_grpo.policy import activations
+from lowmem_grpo.policy import activations, norm
 from lowmem_grpo.policy.skeleton import read_model_config
 from tests.memory.test_plan import GIB, MODEL, configured
 from tests.tiny import SHAPE
@@ -119,6 +120,25 @@ def test_one_layer_stands_for_all_at_tokens_on_the_way(tmp_path, monkeypatch):
     # Pieces that layers leave to each other may take a segment more: 2 MiB here.
     assert reserved <= reserved_of_all <= 1.01 * reserved
     assert more > 2 * events
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_four_tiles_stand_for_all(tmp_path, monkeypatch, checkpointing):
+    """Of norms and MLPs: the peaks of a step are the same."""
+    monkeypatch.setattr(norm, "TILE_ELEMENTS", {"cpu": 256 * 5, "card": 256 * 5})
+    config, built = configured(tmp_path), model_config(tmp_path)
+
+    def peaks():
+        how = {"short": True, "checkpointing": checkpointing, "mlp_tile": 4}
+        found = parts(config, built, CARD, "torch_varlen", **how)
+        usages = [simulate(part.events) for part in found[:3]]
+        return [(u.peak_allocated, u.peak_reserved) for u in usages], len(found[2].events)
+
+    few, events = peaks()
+    monkeypatch.setattr(phases_module, "few_tiles", nullcontext)
+    every, more = peaks()
+    assert few == every
+    assert more > 1.2 * events
 
 
 def test_layers_that_differ_are_not_taken_to_be_alike(tmp_path):
