@@ -173,11 +173,9 @@ def rollouts(tokens: int, rounds: int) -> dict[str, Any]:
                     loaded = add_up(recorder.events).final_allocated
                     run()
                 usage = add_up(recorder.events)
-                held = [e.size for e in recorder.events if e.component == "kv_cache"]
                 rows[f"cache of {bits} bits"] = {
                     "seconds": [],
                     "peak_bytes": usage.peak_allocated - loaded,
-                    "cache_bytes": sum(held) // 2,  # each is named when it is made and freed
                 }
             start = time.perf_counter()
             run()
@@ -204,12 +202,9 @@ def main() -> None:
             f"| {name} | {row['error']:.1e} | {row['peak_bytes'] / MIB:,.1f} | "
             f"{row['host_bytes'] / MIB:,.1f} | {spread(row['seconds'])} |"
         )
-    print("\n| rollout | cache, MiB | peak, MiB | s |\n|---|---|---|---|")
+    print("\n| rollout | peak, MiB | s |\n|---|---|---|")
     for name, row in found["rollout"].items():
-        print(
-            f"| {name} | {row['cache_bytes'] / MIB:,.1f} | {row['peak_bytes'] / MIB:,.1f} | "
-            f"{spread(row['seconds'])} |"
-        )
+        print(f"| {name} | {row['peak_bytes'] / MIB:,.1f} | {spread(row['seconds'])} |")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
