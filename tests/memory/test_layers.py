@@ -122,7 +122,7 @@ def test_one_layer_stands_for_all_at_tokens_on_the_way(tmp_path, monkeypatch):
     assert more > 2 * events
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_four_tiles_stand_for_all(tmp_path, monkeypatch, checkpointing):
     """Of norms and MLPs: the peaks of a step are the same."""
     monkeypatch.setattr(norm, "TILE_ELEMENTS", {"cpu": 256 * 5, "card": 256 * 5})

@@ -109,6 +109,7 @@ def test_the_next_larger_value_would_not_fit(model):
     assert phase(plan, "rollout").peak_reserved_bytes > room
 
 
+@pytest.mark.slow
 def test_reasons_say_only_what_was_tried(model):
     pinned = {"memory__activation_offloading": True}
     config, _ = settled(model, LARGE, **pinned, **LONG)
