@@ -70,6 +70,7 @@ def settled(model, where, **settings):
 
 
 SMALL, LARGE = card(150), card(8000)
+TIGHT = card(108)  # on which not every completion of the window fits
 LONG = {"rollout__max_completion_length": 600}
 
 
@@ -213,13 +214,13 @@ def test_an_evaluation_gets_its_own_batch(model):
 @pytest.mark.slow
 def test_the_largest_completion_fits_and_a_little_more_does_not(model):
     config = configured(model)
-    length = largest(planner(model, SMALL), config, "max_completion_length")
+    length = largest(planner(model, TIGHT), config, "max_completion_length")
     assert 64 < length < WINDOW - 64
     above = configured(model, rollout__max_completion_length=int(length * 1.03))
-    assert Search(planner(model, SMALL), above).smallest_share() > 1
-    assert settled(model, SMALL, rollout__max_completion_length=length)[1].fits
-    longer = 2 * length  # far beyond what choices leave free
-    assert not settled(model, SMALL, rollout__max_completion_length=longer)[1].fits
+    assert Search(planner(model, TIGHT), above).smallest_share() > 1
+    assert settled(model, TIGHT, rollout__max_completion_length=length)[1].fits
+    longer = WINDOW - 96  # far beyond what choices leave free
+    assert not settled(model, TIGHT, rollout__max_completion_length=longer)[1].fits
     assert largest(planner(model, card(10)), config, "max_completion_length") is None
     found = largest(planner(model, LARGE), config, "max_completion_length")
     assert found == WINDOW - 64
@@ -238,10 +239,10 @@ def test_the_largest_group_decodes_at_once(model):
 def test_a_run_that_does_not_fit_is_refused_with_the_value_that_would(model):
     config = configured(model, rollout__max_completion_length=4000)
     with pytest.raises(PlanError, match=r"--max-completion-length (\d+) would fit") as caught:
-        admit(config, SMALL)
+        admit(config, TIGHT)
     assert caught.value.exit_code == 3
     length = int(str(caught.value).split()[-3])
-    assert settled(model, SMALL, rollout__max_completion_length=length)[1].fits
+    assert settled(model, TIGHT, rollout__max_completion_length=length)[1].fits
     with pytest.raises(PlanError, match="no completion fits"):
         admit(config, card(10))
     with pytest.raises(PlanError, match="no max_completion_length fits"):
