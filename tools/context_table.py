@@ -11,10 +11,10 @@ what the host holds. Takes about fifteen minutes.
 from __future__ import annotations
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 
-from memory_table import CONFIGS, cards, solve
+from memory_table import CONFIGS, cards, show, solve
 
 PLAIN = {
     "gradient_checkpointing": True,
@@ -39,29 +39,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=CONFIGS / "llama-3.1-8b.json")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, as they come")
     options = parser.parse_args()
-    columns = cards()[1:]  # without the made-up one of 8 GB
-    if not options.json:
-        print("| | " + " | ".join(card.name for card in columns) + " |", flush=True)
-        print("|---" * (len(columns) + 1) + "|", flush=True)
-    memory, model = dict(PLAIN), {}
+    memory, model, rows = dict(PLAIN), {}, {}
     for name, more, of_model in ROWS:
-        memory |= more
-        model |= of_model
-        found = []
-        for card in columns:
-            found.append(solve(options.model, card, memory=memory, model=model))
-            if options.json:
-                print(json.dumps({"technique": name, **found[-1]}), flush=True)
-        if not options.json:
-            print(f"| {name} | " + " | ".join(map(cell, found)) + " |", flush=True)
-
-
-def cell(row: dict) -> str:
-    length = row["max_completion_length"]
-    if length is None:
-        return "none"
-    marks = " (window)" * row["whole_window"]
-    return f"{length:,}{marks}; {row['host_bytes'] / 2**30:.1f} GiB"
+        memory, model = memory | more, model | of_model
+        rows[name] = partial(solve, options.model, memory=memory, model=model)
+    show(cards()[1:], rows, options.json)  # without the made-up card of 8 GB
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lowmem_grpo.config import build_config
@@ -73,28 +75,31 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line, as they come")
     options = parser.parse_args()
     models = options.model or [CONFIGS / f"{name}.json" for name in MODELS]
-    columns = cards()
-    if not options.json:
-        print("| model | " + " | ".join(card.name for card in columns) + " |", flush=True)
+    show(cards(), {model.stem: partial(solve, model) for model in models}, options.json)
+
+
+def show(columns: list[PlanCard], rows: dict[str, Callable[[PlanCard], dict]], as_json: bool):
+    """Solve each row by name for each card and print it, as Markdown or as a JSON object a cell."""
+    if not as_json:
+        print("| | " + " | ".join(card.name for card in columns) + " |", flush=True)
         print("|---" * (len(columns) + 1) + "|", flush=True)
-    for model in models:
-        rows = []
+    for name, of in rows.items():
+        found = []
         for card in columns:
-            rows.append(solve(model, card))
-            if options.json:
-                print(json.dumps(rows[-1]), flush=True)
-        if not options.json:
-            print(f"| {model.stem} | " + " | ".join(map(cell, rows)) + " |", flush=True)
+            found.append(of(card))
+            if as_json:
+                print(json.dumps({"row": name, **found[-1]}), flush=True)
+        if not as_json:
+            print(f"| {name} | " + " | ".join(map(cell, found)) + " |", flush=True)
 
 
 def cell(row: dict) -> str:
+    """The length, and what the host holds."""
     length = row["max_completion_length"]
     if length is None:
         return "none"
     marks = " (window)" * row["whole_window"]
-    if row.get("memory.activation_offloading"):
-        marks += f", {row['host_bytes'] / 2**30:.1f} GiB on the host"
-    return f"{length:,}{marks}"
+    return f"{length:,}{marks}; {row['host_bytes'] / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def together(parts: list[Part], score: Part, optimizer: Part) -> list[Event]:
     left: tuple[int, ...] = ()
     for number, part in enumerate(parts):
         first = number * PART
-        again = {id for key, id in part.workspaces.items() if key in seen}
+        there = {id for key, id in part.workspaces.items() if key in seen}
         seen |= part.workspaces.keys()
         names = dict(zip(part.gradients, left, strict=True)) if part is optimizer else {}
         events += [
             event._replace(id=names.get(event.id, event.id + first))
             for event in part.events
-            if event.id not in again
+            if event.id not in there
         ]
         if part is not score:  # whose gradients the optimizer needs at once
             events.append(Event("empty_cache", phase=part.events[-1].phase))

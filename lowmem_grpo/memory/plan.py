@@ -38,7 +38,8 @@ SETTINGS = (
     "memory.micro_batch_tokens", "memory.gradient_checkpointing", "memory.activation_offloading",
     "memory.offload_overlap", "memory.mlp_tile_tokens", "memory.logits_tile_tokens",
     "memory.logits_tile_vocab", "memory.rollout_batch_size", "memory.kv_cache_bits",
-    "memory.embedding_on_host", "model.lm_head_bits", "eval.batch_size",
+    "memory.embedding_on_host", "model.lm_head_bits", "model.lm_head_kernels",
+    "eval.batch_size",
 )  # fmt: skip
 
 

@@ -11,8 +11,7 @@ after another. Each choice has its reason.
 - `kv_cache_bits`: 16, unless not even one completion fits in them.
 - `activation_offloading`: off, unless one prompt and its longest completion fit only with it;
   then with `offload_overlap`, unless they fit only without that.
-- `mlp_tile_tokens`: where layers are computed again anyway, tiles cost next to nothing; smaller
-  ones where nothing else helps.
+- `mlp_tile_tokens`: tiles where layers are computed again anyway; smaller ones at the last.
 - `embedding_on_host`: off, unless nothing fits without it.
 - `micro_batch_tokens`: the whole step, else whole groups, else equal parts of
   one. A group that is cut has its prompt computed once for each part. Of several groups, more than
@@ -130,7 +129,8 @@ class Search:
 
     def _tile_bytes(self) -> int:
         m, kernels = self.config.memory, self.config.model.lm_head_kernels
-        return TILE_BYTES[kernels] * m.logits_tile_tokens * m.logits_tile_vocab
+        words = min(m.logits_tile_vocab, self.planner.model_config.vocab_size)
+        return TILE_BYTES[kernels] * m.logits_tile_tokens * words
 
     # --- What fits, as a share of the room that there is: up to 1 does
 
@@ -271,10 +271,10 @@ class Search:
             offloading: "does not fit without it" if m.activation_offloading else "not needed",
             "memory.offload_overlap": "nothing is copied",
             checkpointing: "needed, full micro-batches do not fit without it",
-            tile: "costs little where layers are computed again",
+            tile: "layers are computed again anyway",
         }
         if m.offload_overlap:
-            reasons["memory.offload_overlap"] = "copies beside the kernels take no time"
+            reasons["memory.offload_overlap"] = "copies run beside the kernels"
         elif m.activation_offloading:
             reasons["memory.offload_overlap"] = "does not fit with it"
         if m.mlp_tile_tokens == LEAST_MLP_TILE:

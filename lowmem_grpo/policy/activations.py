@@ -34,25 +34,28 @@ PAGE_BYTES = 64 << 20
 
 
 class SideStream:
-    """A CUDA stream for copies."""
+    """A CUDA stream of a device for copies."""
 
-    def __init__(self):
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
 
     def run(self, copy: Callable[[], None]):
         """Start copying when all that was asked for so far is done; returns what `wait` takes."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy()
         return self._stream.record_event()
 
     def wait(self, done) -> None:
         """What is asked for from here on begins after that copy."""
-        torch.cuda.current_stream().wait_event(done)
+        torch.cuda.current_stream(self._device).wait_event(done)
 
 
 class Kept(NamedTuple):
-    """A tensor on the host: the how-many-eth it is, and its first byte."""
+    """A tensor on the host: its number in the order in which they were put there, and its first
+    byte.
+    """
 
     number: int
     at: int
@@ -69,7 +72,7 @@ class HostBuffers:
     """Takes tensors of the device to the host and back, those of one forward pass at a time."""
 
     def __init__(self, side: Any = None):
-        """`side`: a `SideStream`; left out, one is made when it is needed, where there is CUDA."""
+        """`side`: a `SideStream`; left out, one is made for the first tensor of a card."""
         self.pages: list[torch.Tensor] = []
         self._side = side
         self._overlap = False
@@ -85,8 +88,6 @@ class HostBuffers:
         self._arriving.clear()
         self._kept.clear()
         self._overlap = overlap
-        if overlap and self._side is None and torch.cuda.is_available():
-            self._side = SideStream()
 
     def let_go(self) -> None:
         """What is leaving has left, for whatever is asked for from here on."""
@@ -104,6 +105,9 @@ class HostBuffers:
         while len(self.pages) * PAGE_BYTES < kept.at + kept.size:
             self.pages.append(self.new_page(x.device))
         self.let_go()
+        # By the tensor: a plan's are on meta, and a CPU's need no stream where there is a card too.
+        if self._overlap and self._side is None and _on_a_card(x):
+            self._side = SideStream(x.device)
         done = self._run(lambda: self.copy(x, kept.at, to_host=True))
         if self._overlap:
             self._leaving = x, done
@@ -144,6 +148,10 @@ class HostBuffers:
     def _wait(self, done) -> None:
         if done is not None:
             self._side.wait(done)
+
+
+def _on_a_card(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_available()  # a fake tensor's may not be
 
 
 @contextlib.contextmanager

@@ -178,11 +178,11 @@ class Policy:
         """Last hidden states [T, D] of packed tokens; ids and positions are int64 [T] on the
         policy's device.
         """
-        on_host = kept_on_host(self.buffers, self._overlapping, self._layers)
-        embedded = self.trunk.get_input_embeddings()(input_ids_T[None])
+        embedded, keeping = self.trunk.get_input_embeddings()(input_ids_T[None]), None
         if self._offloading:
             embedded = held_by_autograd(embedded)
-        with on_host if self._offloading else contextlib.nullcontext():
+            keeping = kept_on_host(self.buffers, self._overlapping, self._layers)
+        with keeping or contextlib.nullcontext():
             return self.trunk(
                 inputs_embeds=embedded,
                 position_ids=positions_T[None],

@@ -2,8 +2,8 @@
 
     y = w * x / rms(x)      rms(x) = sqrt(mean(x^2) + eps)          (arXiv 1910.07467, eq. 4)
 
-transformers computes this in float32 throughout, and autograd then keeps two float32 copies of x:
-16 bytes an element beside the 2 of x itself. Here autograd keeps x (a layer's input or residual,
+transformers computes this in float32 throughout, and autograd then keeps a float32 copy of x, twice
+the size of a 16-bit x itself. Here autograd keeps x (a layer's input or residual,
 which is there anyway) and one number a row. Rows are walked in tiles, in which everything is
 float32; what leaves a tile is rounded as transformers rounds it: x / rms(x) to the dtype of x, then
 times w.

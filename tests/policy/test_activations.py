@@ -182,6 +182,19 @@ def test_one_tensor_leaves_and_one_arrives_at_a_time():
     assert late.done == len(late.asked) == 2 * len(tensors)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_a_cards_tensors_get_a_stream(monkeypatch, device):
+    """On a machine with a card, too, a plan and a run on the CPU leave it alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", None)  # asking for one would fail
+    buffers = HostBuffers()
+    monkeypatch.setattr(buffers, "copy", lambda *x, **how: None)
+    buffers.begin(overlap=True)
+    kept = [buffers.put(torch.ones(4, 3, device=device)) for _ in range(3)]
+    buffers.let_go()
+    assert buffers.take(kept[2]).device.type == device
+
+
 def test_another_order_than_backwards_is_right_too():
     buffers = HostBuffers(LateStream())
     buffers.begin(overlap=True)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cases():
+    # torch's CUDA builds choose the version; the interpreter of 3.6 and before fails under numpy 2.
+    pytest.importorskip("triton", minversion="3.7")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     program = Path(__file__).with_name("run_head_kernels.py")
     run = subprocess.run(
