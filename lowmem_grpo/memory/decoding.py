@@ -1,8 +1,8 @@
 """The sampler's loop over tokens, restated for a trace: some of its tokens are decoded, not all.
 
-Between two tokens at which sizes change, every token allocates and frees the same. Of the tokens in
-the middle the first layer is run, since what all of them do there is gone when they end: the cache
-is made at the first token.
+Between two tokens at which sizes change, every token allocates and frees the same. On a card, the
+first layer alone is run of the tokens in the middle, since what all of them do there is gone when
+they end: the cache is made at the first token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def decode(policy, wave: Wave, r, recorder, places: int | None = None) -> None:
         positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
         last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
         hidden_RD = policy.hidden(ids_T, positions_T, layout)[last_B][cache.problem_R]
-        for t in _places(last, places):
+        # A cache that grows does so in all layers at every size: nothing of that is left out.
+        for t in _places(last, None if cache.grows else places):
             logits_RV = policy.logits(hidden_RD)
             if t < sampling.min_completion_length:
                 logits_RV[:, [0]] = -torch.inf
@@ -47,7 +48,7 @@ def decode(policy, wave: Wave, r, recorder, places: int | None = None) -> None:
             if t == wave.tokens - 1:
                 break
             cache.jump(t)
-            with _few_layers(policy, recorder, 0 < t < last - 1):
+            with _few_layers(policy, recorder, 0 < t < last - 1 and not cache.grows):
                 hidden_RD = policy.hidden(tokens_R, cache.positions(), cache)
             cache.advance()
 

@@ -47,7 +47,7 @@ from lowmem_grpo.memory.unreal import (
     counted_table,
 )
 from lowmem_grpo.policy.base import Policy
-from lowmem_grpo.policy.load import check_forward
+from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
 from lowmem_grpo.policy.tiles import few_tiles
 from lowmem_grpo.setup import adapter_settings, open_optimizer, update_settings
@@ -223,6 +223,8 @@ class Phases:
                 self._policy.embedding_to_host(counted_table(recorder))
             weights = len(recorder.events)
             self._values.number = 0.0  # the difference between packed and plain logits
+            share_inputs(self._policy, self._config.model.name)
+            recorder.name(self._policy.model)  # with what sampling adds to it
             check_forward(self._policy, self._config.model.name)
             self._values.number = 1.0
             if self._config.model.lm_head_kernels == "triton":

@@ -42,7 +42,6 @@ from lowmem_grpo.memory.components import component, kept_component, named_tenso
 
 __all__ = ["OUTSIDE", "Recorder", "layer_number", "named_tensors", "phase", "trace"]
 
-
 OUTSIDE = -1
 """The layer of what happens outside of all layers."""
 
@@ -64,8 +63,8 @@ class Recorder:
     """A context manager that fills `events` with what happens on the device inside it.
 
     `layers` says for each event which numbered layer of the model was at work, `OUTSIDE` for none
-    and while `of_no_layer` is set.
-    `workspaces` has the id of each library's workspace by (rule, whether of backward's thread).
+    and while `of_no_layer` is set. `workspaces` has the id of each library's workspace by (rule,
+    whether of backward's thread).
 
     `modules`: the model whose module names the events carry. `device_type`: record tensors of that
     kind of device ("cpu", "cuda") only; None: all but meta tensors. `rules`: what a CUDA card
@@ -108,7 +107,8 @@ class Recorder:
         parents = {name.rpartition(".")[0] for name in self._names.values() if "." in name}
         starts = tuple(f"{name}." for name in parents if name.rpartition(".")[2].isdigit())
         self._inside = {name for name in self._names.values() if name.startswith(starts)}
-        self._adapted = {name for name in self._inside if f"{name}.base_layer" in self._inside}
+        adapted = {name for name in self._inside if f"{name}.base_layer" in self._inside}
+        self._adapted = {n for n in self._inside if {n, n.rpartition(".")[0]} & adapted}
         for name, parameter in modules.named_parameters():
             self._names[id(parameter)] = name.rpartition(".")[0]
 

@@ -43,7 +43,8 @@ from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
 from lowmem_grpo.policy.mlp import tile_mlps
 from lowmem_grpo.policy.norm import replace_norms
-from lowmem_grpo.policy.shared_input import SharedInput, find
+from lowmem_grpo.policy.sampling_layers import sampling_layers, trunk
+from lowmem_grpo.policy.shared_input import SharedInput, few, find
 
 __all__ = ["AdapterSettings", "Policy", "attach_adapters"]
 
@@ -78,6 +79,8 @@ class Policy:
         self.head_kernels = None
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
+        self._sampling = False
+        self._sampling_layers = None
         self.causal_lm = model.get_base_model()
         self._layers = checkpointed_layers(self.causal_lm)
         self._mlps = tile_mlps(self.causal_lm)
@@ -106,10 +109,12 @@ class Policy:
         for shared in self._shared:
             for layer in shared.layers:
                 layer.sampling = shared
+        self._sampling = True
         try:
             with torch.no_grad():
                 yield
         finally:
+            self._sampling = False
             for shared in self._shared:
                 shared.forget()
                 for layer in shared.layers:
@@ -119,6 +124,7 @@ class Policy:
         """Let layers that are given the same tensor sample together; `forward()` shows which."""
         layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
         self._shared = find(layers, forward)
+        self._sampling_layers = sampling_layers(self.causal_lm, self._shared)
 
     def tensors_beside(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept on the device beside the model, by name: the sampler's, a head in 8 bits."""
@@ -179,6 +185,8 @@ class Policy:
         policy's device.
         """
         embedded, keeping = self.trunk.get_input_embeddings()(input_ids_T[None]), None
+        if self._sampling and self._sampling_layers and few(embedded):
+            return trunk(self.causal_lm, self._sampling_layers, embedded[0], positions_T, layout)
         if self._offloading:
             embedded = held_by_autograd(embedded)
             keeping = kept_on_host(self.buffers, self._overlapping, self._layers)

@@ -7,6 +7,7 @@ one on a dozen tokens. An architecture whose attention or head does something th
 a list of names.
 """
 
+import contextlib
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -20,9 +21,14 @@ from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
-CHECKED_TILE = 5  # tokens, of a dozen
+__all__ = [
+    "check_forward", "check_quantisation", "load_policy", "load_tokenizer", "nf4_config",
+    "share_inputs",
+]  # fmt: skip
 
-__all__ = ["check_forward", "check_quantisation", "load_policy", "load_tokenizer", "nf4_config"]
+# What is checked: the tokens of a prompt, of its completions, and of an MLP's tile.
+PROMPT, OWN = 5, (3, 4)
+CHECKED_TILE = 5
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -75,6 +81,7 @@ def load_policy(
     policy.cache_bits, policy.head_kernels = cache_bits, head_kernels
     if embedding_on_host:
         policy.embedding_to_host()
+    share_inputs(policy, name)
     check_forward(policy, name)
     policy.set_mlp_tile(mlp_tile)
     if lm_head_bits == 8:
@@ -182,58 +189,78 @@ def _set_dtype(model, dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def check_forward(policy: Policy, name: str) -> None:
-    """Compare packed and plain logits on a dozen tokens, MLPs in tiles, and those of the sampler,
-    whose layers that share an input are found on the way. Raises ModelError where they differ by
-    more than rounding.
+def share_inputs(policy: Policy, name: str) -> None:
+    """Find the layers that sample together, in a forward pass. Raises ModelError where it cannot
+    be made.
     """
-    vocab = policy.head_weight_VD.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab, (12,), generator=generator).to(policy.device)
-    prompt, first, second = ids[:5], ids[5:8], ids[8:]
-    positions = torch.cat([torch.arange(5), torch.arange(5, 8), torch.arange(5, 9)]).to(
-        policy.device
-    )
-    kind = f"{name} ({type(policy.causal_lm).__name__})"
+    with policy.as_reference(), quiet_libraries(), _supported(policy, name):
+        policy.share_inputs(lambda: _packed(policy))
 
-    def packed():
-        return policy.logits(policy.hidden(ids, positions, policy.layout([(5, (3, 4))])))
 
+def check_forward(policy: Policy, name: str) -> None:
+    """Compare packed and plain logits on a dozen tokens, MLPs in tiles, and the sampler's. Raises
+    ModelError where they differ by more than rounding.
+    """
+    ids, first = _ids(policy), PROMPT + OWN[0]
     with policy.as_reference(), quiet_libraries():
+        policy.set_mlp_tile(CHECKED_TILE)
         try:
-            policy.share_inputs(packed)
-            policy.set_mlp_tile(CHECKED_TILE)
-            ours = packed()
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, TypeError) as error:
-            # What is passed to the attention, or asked of it, is this architecture's own affair.
-            raise ModelError(f"{kind} is not supported: {_first_line(error)}") from error
+            with _supported(policy, name):
+                ours = _packed(policy)
         finally:
             policy.set_mlp_tile(0)
         policy.causal_lm.set_attn_implementation("eager")
         try:
             plain = [
-                policy.causal_lm(input_ids=torch.cat([prompt, own])[None], use_cache=False)
+                policy.causal_lm(input_ids=torch.cat([ids[:PROMPT], own])[None], use_cache=False)
                 .logits[0]
                 .float()
-                for own in (first, second)
+                for own in (ids[PROMPT:first], ids[first:])
             ]
         finally:
             policy.causal_lm.set_attn_implementation(ATTENTION)
     with policy.as_sampler():
-        sampled = packed()
+        sampled = _packed(policy)
     # Row by row: where something leaks from one completion into the next, only the second differs.
     # Fresh adapters add nothing, so the sampler's logits are the base's.
-    rows = (ours[:8], plain[0]), (ours[8:], plain[1][5:]), (sampled, ours)
+    rows = (ours[:first], plain[0]), (ours[first:], plain[1][PROMPT:]), (sampled, ours)
     error = torch.stack([(a - b).norm() / b.norm() for a, b in rows]).max().item()
     # Rounding alone gives 1e-6 in float32; 0.023 in bfloat16 on SmolLM2-135M's thirty layers.
     limit = 1e-3 if policy.dtype == torch.float32 else 7e-2
     if not error < limit:
         raise ModelError(
-            f"{kind} is not supported: the packed forward pass differs from the model's own by "
-            f"{error:.2g} (limit {limit:g})"
+            f"{_kind(policy, name)} is not supported: the packed forward pass differs from the "
+            f"model's own by {error:.2g} (limit {limit:g})"
         )
+
+
+def _ids(policy: Policy) -> torch.Tensor:
+    """int64 [PROMPT + sum(OWN)]."""
+    vocab, generator = policy.head_weight_VD.shape[0], torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab, (PROMPT + sum(OWN),), generator=generator).to(policy.device)
+
+
+def _packed(policy: Policy) -> torch.Tensor:
+    """Logits of a prompt with two completions."""
+    starts = (0, PROMPT), *((PROMPT, PROMPT + tokens) for tokens in OWN)
+    positions = torch.cat([torch.arange(*each) for each in starts]).to(policy.device)
+    return policy.logits(policy.hidden(_ids(policy), positions, policy.layout([(PROMPT, OWN)])))
+
+
+@contextlib.contextmanager
+def _supported(policy: Policy, name: str):
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError) as error:
+        # What is passed to the attention, or asked of it, is this architecture's own affair.
+        kind = _kind(policy, name)
+        raise ModelError(f"{kind} is not supported: {_first_line(error)}") from error
+
+
+def _kind(policy: Policy, name: str) -> str:
+    return f"{name} ({type(policy.causal_lm).__name__})"
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,11 +21,12 @@ import copy
 import weakref
 
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_blockwise
 
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit
 
-__all__ = ["SharedInput", "find"]
+__all__ = ["SharedInput", "few", "find"]
 
 MOST_ROWS = 512
 """With more, arithmetic is all that counts, and the trainer's way is as fast (docs/performance.md).
@@ -39,6 +40,8 @@ class SharedInput:
 
     def __init__(self, layers: list[LoraLinear4bit]):
         self.layers = layers
+        self._ready = _Ready(self)
+        layers[0].add_module("together", self._ready)
         self.sizes = [layer.base_layer.out_features for layer in layers]
         self.scaling = layers[0].scaling[ADAPTER]
         self.inference = None  # of all bases together, where there is a kernel for it
@@ -50,7 +53,7 @@ class SharedInput:
     def __call__(self, layer: LoraLinear4bit, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for x of [..., K]; the others' are kept until they ask for it."""
         if x is not self._x or layer not in self._results:
-            found = self._products(x.flatten(0, -2))
+            found = self.products(x.flatten(0, -2))
             shaped = [y.unflatten(0, x.shape[:-1]) for y in found]
             self._x, self._results = x, dict(zip(self.layers, shaped, strict=True))
         result = self._results.pop(layer)
@@ -59,8 +62,36 @@ class SharedInput:
         return result
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether it is worth it for so many rows."""
-        return x.numel() <= MOST_ROWS * x.shape[-1]
+        """Whether it is worth it for so many rows. Is made ready for fewer rows in any case."""
+        if self._a_rK is None:
+            self._ready(x.flatten(0, -2))
+        return few(x)
+
+    def products(self, x_MK: torch.Tensor) -> list[torch.Tensor]:
+        """[M, out] of each layer."""
+        if self._a_rK is None:
+            self._ready(x_MK)
+        if self.inference is not None:
+            return list(self.joined(x_MK).split(self.sizes, 1))
+        inner_Mr = torch.mm(x_MK, self._a_rK.t())
+        found = []
+        for layer, b, inner in zip(
+            self.layers, self._b, inner_Mr.split([b.shape[0] for b in self._b], 1), strict=True
+        ):
+            y = _base_product(layer.base_layer, x_MK)
+            found.append(y.addmm_(inner, b, alpha=self.scaling))
+        return found
+
+    def joined(self, x_MK: torch.Tensor) -> torch.Tensor:
+        """[M, N], the layers' outputs side by side."""
+        if self._a_rK is None:
+            self._ready(x_MK)
+        if self.inference is None:
+            found = self.products(x_MK)
+            return found[0] if len(found) == 1 else torch.cat(found, 1)
+        inner_Mr = torch.mm(x_MK, self._a_rK.t())
+        y_MN = _base_product(self.inference, x_MK)
+        return y_MN.addmm_(inner_Mr, self._b[0], alpha=self.scaling)
 
     def forget(self) -> None:
         """The adapters may change from here on."""
@@ -74,28 +105,34 @@ class SharedInput:
         named = {"weight": weight, "bias": self.inference.bias, **vars(weight.quant_state)}
         return [(f"inference.{n}", x) for n, x in named.items() if isinstance(x, torch.Tensor)]
 
-    def _products(self, x_MK: torch.Tensor) -> list[torch.Tensor]:
-        if self._a_rK is None:
-            self._prepare(x_MK.dtype)
-        inner_Mr = torch.nn.functional.linear(x_MK, self._a_rK)
-        if self.inference is not None:
-            y_MN = self.inference(x_MK)
-            y_MN.addmm_(inner_Mr, self._b[0], alpha=self.scaling)
-            return list(y_MN.split(self.sizes, 1))
-        found = []
-        for layer, b, inner in zip(
-            self.layers, self._b, inner_Mr.split([b.shape[0] for b in self._b], 1), strict=True
-        ):
-            y = layer.base_layer(x_MK)
-            found.append(y.addmm_(inner, b, alpha=self.scaling))
-        return found
-
-    def _prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, x_MK: torch.Tensor) -> None:
+        """Cast the adapters, for x like this."""
+        dtype = x_MK.dtype
         if not self._asked:
             self._asked, self.inference = True, _inference_layer(self.layers, dtype)
+            if self.inference is not None:
+                self.inference(x_MK[:1])  # puts the weight into the kernel's order
         self._a_rK = torch.cat([layer.lora_A[ADAPTER].weight.to(dtype) for layer in self.layers])
         outer = [layer.lora_B[ADAPTER].weight.to(dtype).t() for layer in self.layers]
         self._b = [_diagonal(outer)] if self.inference is not None else outer
+
+
+class _Ready(torch.nn.Module):
+    """Prepares. A module of its own, a child of an adapted layer, so that what is allocated here
+    can be told from the rest of sampling.
+    """
+
+    def __init__(self, shared: SharedInput):
+        super().__init__()
+        self._shared = shared
+
+    def forward(self, x_MK: torch.Tensor) -> None:
+        self._shared.prepare(x_MK)
+
+
+def few(x: torch.Tensor) -> bool:
+    """Whether x of [..., K] has so few rows that sampling goes a way of its own."""
+    return x.numel() <= MOST_ROWS * x.shape[-1]
 
 
 def find(layers: list[LoraLinear4bit], forward) -> list[SharedInput]:
@@ -121,6 +158,12 @@ def find(layers: list[LoraLinear4bit], forward) -> list[SharedInput]:
     return [SharedInput(group) for group in groups]
 
 
+def _base_product(base, x_MK: torch.Tensor) -> torch.Tensor:
+    """x W^T of a `Linear4bit` whose dtype is that of x: what its forward comes down to."""
+    weight = base.weight
+    return matmul_4bit(x_MK, weight, quant_state=weight.quant_state, bias=base.bias)
+
+
 def _diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
     """[r, N]: the blocks along a diagonal, zeros elsewhere."""
     if len(blocks) == 1:
@@ -136,7 +179,7 @@ def _diagonal(blocks: list[torch.Tensor]) -> torch.Tensor:
 def _inference_layer(layers: list[LoraLinear4bit], dtype: torch.dtype):
     """One `Linear4bit` for all bases, in eval mode, or None where it would not be faster.
 
-    In eval mode bitsandbytes puts the weight into its kernel's order at the first call.
+    In eval mode bitsandbytes puts the weight into its kernel's order at the module's first call.
     """
     bases = [layer.base_layer for layer in layers]
     weights = [base.weight for base in bases]

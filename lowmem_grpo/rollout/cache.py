@@ -7,7 +7,9 @@ where rows by themselves hold G (P + C).
 
 On a CPU a call costs as much as its arithmetic, so there, where prompts are short against the
 completions, each row has a copy of its prompt before its own tokens and it all is one product: at
-most a quarter more memory.
+most a quarter more memory. And there a product copies operands that are parts of something larger,
+so room for tokens is made as they come; on a card all of it is made at once, and nothing is left in
+pieces.
 
 A cache is a layout (see policy/attention.py): the model hands it queries, keys and values layer by
 layer.
@@ -63,7 +65,8 @@ class WaveCache:
         problems = torch.arange(len(prompt_lengths))
         self.problem_R = problems.repeat_interleave(torch.tensor(rows_per_problem)).to(device)
         short = self.longest * SHORT <= capacity
-        self.copied = self.longest if short and torch.device(device).type == "cpu" else 0
+        self.grows = torch.device(device).type == "cpu"
+        self.copied = self.longest if short and self.grows else 0
         """Tokens before a row's own that are a copy of its prompt."""
         self.tokens = [0] * sum(rows_per_problem)  # of each row, and the same on the device
         self.tokens_R = torch.zeros(len(self.tokens), dtype=torch.int64, device=device)
@@ -128,36 +131,31 @@ class WaveCache:
         """One token a row: [1, H, R, E], [1, K, R, E] twice -> [1, R, H, E]."""
         _, heads, rows, size = query.shape
         kv_heads = key.shape[1]
-        if layer not in self.own:
-            self._make_room(layer, key, value)
-        own_key, own_value = self.own[layer]
-        everywhere = slice(None)
-        if min(self.tokens) == max(self.tokens):
-            of_rows, here = everywhere, self.copied + self.tokens[0]
-        else:
-            of_rows = torch.arange(rows, device=self.device)
-            here = self.copied + self.tokens_R
-        own_key.put((of_rows, everywhere, everywhere, here), key[0].transpose(0, 1))
-        own_value.put((of_rows, everywhere, here, everywhere), value[0].transpose(0, 1))
-        seen = slice(0, self.copied + self._seen())
-        # An exact sixteenth (rather than `scaling`, which would round): unscaled products of models
-        # with large key biases leave float16's range.
-        query = query[0].transpose(0, 1) / 16
+        seen = self.copied + self._seen()
+        own_key, own_value = self._room(layer, key, seen)
+        here = self._here()
+        own_key.put_token(key[0].transpose(0, 1), here)
+        own_value.put_token(value[0].transpose(0, 1), here)
+        query, unit = query[0].transpose(0, 1), 1
+        if query.dtype == torch.float16:
+            # Unscaled products of models with large key biases leave its range. Exactly a
+            # sixteenth: `scaling` would round.
+            query, unit = query / 16, 16
         query_RKrE = query.reshape(rows, kv_heads, heads // kv_heads, size)
-        scores = query_RKrE @ own_key.wide((..., seen))
+        scores = _products(query_RKrE, own_key.wide(seen))
         if not self.copied:
             prompt_key, prompt_value = self.prompts[layer]
             of_prompt = self._group(query_RKrE) @ prompt_key.wide().transpose(2, 3)
             scores = torch.cat([self._ungroup(of_prompt), scores], -1)
         # In float32, as what hides is: one pass converts, scales and hides.
-        scores = torch.add(self._hidden(window), scores, alpha=16 * scaling)
+        scores = torch.add(self._hidden(window), scores, alpha=unit * scaling)
         weights = scores.softmax(-1).to(query.dtype)
         if self.copied:
-            found = weights @ own_value.wide((..., seen, everywhere))
+            found = _products(weights, own_value.wide(seen))
         else:
             grouped = self._group(weights[..., : self.longest])
             found = self._ungroup(grouped @ prompt_value.wide())
-            found = found + weights[..., self.longest :] @ own_value.wide((..., seen, everywhere))
+            found = found + _products(weights[..., self.longest :], own_value.wide(seen))
         return found.reshape(1, rows, heads, size)
 
     def put_prompts(self, layer, key_BKPE, value_BKPE) -> None:
@@ -165,24 +163,34 @@ class WaveCache:
         if not self.copied:
             self.prompts[layer] = tuple(Stored.of(x, self.bits, -1) for x in (key_BKPE, value_BKPE))
             return
-        self._make_room(layer, key_BKPE, value_BKPE)
-        own_key, own_value = self.own[layer]
+        own_key, own_value = self._room(layer, key_BKPE, self.copied)
         everywhere, before = slice(None), slice(0, self.copied)
         of_rows = (x.index_select(0, self.problem_R) for x in (key_BKPE, value_BKPE))
         key_RKPE, value_RKPE = of_rows
         own_key.put((everywhere, everywhere, everywhere, before), key_RKPE.transpose(2, 3))
         own_value.put((everywhere, everywhere, before, everywhere), value_RKPE)
 
-    def _make_room(self, layer, key, value) -> None:
-        """For the tokens of every row, of a layer with keys like these ([n, K, n, E])."""
-        rows, kv_heads, size = self.problem_R.numel(), key.shape[1], key.shape[3]
-        room = self.copied + self.capacity
-        # Keys lie with their tokens last: a part of them, transposed, is what a product on a CPU
-        # would copy first.
-        self.own[layer] = (
-            Stored.zeros(key, (rows, kv_heads, size, room), self.bits, -2),
-            Stored.zeros(value, (rows, kv_heads, room, size), self.bits, -1),
-        )
+    def _room(self, layer, like, tokens: int) -> tuple[Stored, Stored]:
+        """A layer's own keys and values, with room for so many tokens. `like`: [n, K, n, E]."""
+        if layer not in self.own:
+            rows, kv_heads, size = self.problem_R.numel(), like.shape[1], like.shape[3]
+            room = tokens if self.grows else self.copied + self.capacity
+            # Keys lie with their tokens last: a part of them, transposed, is what a product on a
+            # CPU would copy first.
+            self.own[layer] = (
+                Stored.zeros(like, (rows, kv_heads, size, room), self.bits, -2),
+                Stored.zeros(like, (rows, kv_heads, room, size), self.bits, -1),
+            )
+        for stored in self.own[layer]:
+            if stored.room < tokens:
+                stored.grow(tokens)
+        return self.own[layer]
+
+    def _here(self) -> int | torch.Tensor:
+        """Where the next token of all rows lies, or of each."""
+        if min(self.tokens) == max(self.tokens):
+            return self.copied + self.tokens[0]
+        return self.copied + self.tokens_R
 
     def _seen(self) -> int:
         """Places of a completion that attention looks at; those it has not reached are masked."""
@@ -227,6 +235,12 @@ class WaveCache:
         split = x_BKjE.view(problems, kv_heads, self.per_problem, repeats, size).transpose(1, 2)
         rows = split.reshape(problems * self.per_problem, kv_heads, repeats, size)
         return rows if self.slot_R is None else rows.index_select(0, self.slot_R)
+
+
+def _products(x_RKrn, y_RKnm) -> torch.Tensor:
+    """[R, K, r, m]. By `bmm`: for four axes `matmul` does the same in twice the calls."""
+    found = torch.bmm(x_RKrn.flatten(0, 1), y_RKnm.flatten(0, 1))
+    return found.unflatten(0, x_RKrn.shape[:2])
 
 
 class Prefill:

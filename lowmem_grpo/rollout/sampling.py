@@ -50,7 +50,8 @@ def distribution(logits_RV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Log-probabilities [R, V] float32 of what is drawn from; -inf where truncated. Needs a
     temperature above 0.
     """
-    logits_RV = logits_RV / sampling.temperature
+    if sampling.temperature != 1.0:
+        logits_RV = logits_RV / sampling.temperature
     if sampling.top_k and sampling.top_k < logits_RV.shape[1]:
         kth_R1 = logits_RV.topk(sampling.top_k).values[:, -1:]
         logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, -torch.inf)

@@ -26,12 +26,14 @@ def moved_down(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 class Stored:
-    """Keys or values of one layer: as they are, or in 8 bits with a scale a token. `axis`: the one
-    of the head, which a scale covers.
+    """Keys or values of one layer, as they are or in 8 bits with a scale a token: of four axes, of
+    which `axis` (the last or the one before) is the head's, which a scale covers, and the other of
+    the two the tokens'.
     """
 
     def __init__(self, numbers: torch.Tensor, scales: torch.Tensor | None, axis: int):
         self.numbers, self.scales, self.axis = numbers, scales, axis
+        self.tokens_axis = -3 - axis
 
     @classmethod
     def of(cls, x: torch.Tensor, bits: int, axis: int) -> "Stored":
@@ -47,28 +49,61 @@ class Stored:
         of_scales[axis] = 1
         return cls(like.new_zeros(shape, dtype=torch.int8), like.new_zeros(of_scales), axis)
 
+    @property
+    def room(self) -> int:
+        """Tokens."""
+        return self.numbers.shape[self.tokens_axis]
+
+    def grow(self, room: int) -> None:
+        """Make room for so many tokens; the new ones are zeros."""
+        self.numbers = self._grown(self.numbers, room)
+        if self.scales is not None:
+            self.scales = self._grown(self.scales, room)
+
     def put(self, place, x: torch.Tensor) -> None:
-        """Store x at a `place`, an index of four. A single token's x has no axis of tokens."""
+        """Store x of four axes at `place`, an index of them."""
         if self.scales is None:
             self.numbers[place] = x
             return
-        axis = self.axis if x.ndim == 4 else -1
-        self.numbers[place], scales = _rounded(x, axis)
+        self.numbers[place], scales = _rounded(x, self.axis)
         of_scales = list(place)
-        of_scales[self.axis] = slice(0, 1) if x.ndim == 4 else 0
-        self.scales[tuple(of_scales)] = scales if x.ndim == 4 else scales[..., 0]
+        of_scales[self.axis] = slice(0, 1)
+        self.scales[tuple(of_scales)] = scales
 
-    def wide(self, part=...) -> torch.Tensor:
-        """A part of it in the compute dtype."""
+    def put_token(self, x: torch.Tensor, here: int | torch.Tensor) -> None:
+        """Store a token of each row, x of three axes, at one place, or at each row's (int64)."""
+        numbers, scales = (x, None) if self.scales is None else _rounded(x, -1)
+        if isinstance(here, int):
+            self.numbers.select(self.tokens_axis, here).copy_(numbers)
+            if scales is not None:
+                self.scales.select(self.tokens_axis, here).copy_(scales)
+            return
+        of_rows = torch.arange(len(here), device=here.device)
+        # Rows first: an index of one axis (and not of all between two) keeps the others' order.
+        self.numbers.movedim(self.tokens_axis, 1)[of_rows, here] = numbers
+        if scales is not None:
+            self.scales.movedim(self.tokens_axis, 1)[of_rows, here] = scales
+
+    def wide(self, tokens: int | None = None) -> torch.Tensor:
+        """The first tokens, or all, in the compute dtype."""
+        tokens = self.room if tokens is None else tokens
+        numbers = self.numbers.narrow(self.tokens_axis, 0, tokens)
         if self.scales is None:
-            return self.numbers[part]
-        return self.numbers[part] * self.scales[part]
+            return numbers
+        return numbers * self.scales.narrow(self.tokens_axis, 0, tokens)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows (ascending)."""
         self.numbers = moved_down(self.numbers, rows)
         if self.scales is not None:
             self.scales = moved_down(self.scales, rows)
+
+    def _grown(self, x: torch.Tensor, room: int) -> torch.Tensor:
+        shape = list(x.shape)
+        shape[self.tokens_axis] = room
+        larger = x.new_zeros(shape)
+        larger.narrow(self.tokens_axis, 0, x.shape[self.tokens_axis]).copy_(x)
+        return larger
 
 
 def _rounded(x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from lowmem_grpo.memory.unreal import Values
 from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
-from lowmem_grpo.policy.load import check_forward
+from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.lora import LoraLinear4bit
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling
@@ -168,6 +168,7 @@ def run(
         if ends:
             policy.embedding_to_host()
         values.number = 0.0  # the difference between packed and plain logits
+        share_inputs(policy, architecture)
         check_forward(policy, architecture)
         values.number = 1.0
         policy.set_mlp_tile(mlp_tile)

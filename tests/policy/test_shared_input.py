@@ -63,11 +63,11 @@ def test_adapters_that_have_changed_are_sampled_from(policy):
 
 
 def test_the_reference_and_the_trainer_do_not_take_the_sampler_s_way(policy, monkeypatch):
-    def refuse(self, layer, x):
+    def refuse(self, x):
         raise AssertionError("sampling")
 
     sampled(policy)
-    monkeypatch.setattr(shared_input.SharedInput, "__call__", refuse)
+    monkeypatch.setattr(shared_input.SharedInput, "products", refuse)
     trained(policy)
     with policy.as_reference():
         hidden(policy)
@@ -103,7 +103,7 @@ def test_no_tensor_of_a_rollout_outlives_it(policy):
 
 def test_many_rows_take_the_trainer_s_way(policy, monkeypatch):
     monkeypatch.setattr(shared_input, "MOST_ROWS", len(IDS) - 1)
-    monkeypatch.setattr(shared_input.SharedInput, "_products", None)  # not callable
+    monkeypatch.setattr(shared_input.SharedInput, "products", None)  # not callable
     sampled(policy)
     monkeypatch.setattr(shared_input, "MOST_ROWS", len(IDS))
     with pytest.raises(TypeError):

@@ -138,9 +138,15 @@ def test_a_short_prompt_is_copied_on_a_cpu_for_a_quarter_more_at_most():
     short = WaveCache([10, 3], [4, 4], capacity=40, device="cpu")
     assert short.copied == 10
     layout = PackedLayout(((10, ()), (3, ())), "sdpa", torch.device("cpu"))
-    Prefill(short, layout).attend(0, *qkv(torch.Generator().manual_seed(0), 13), SCALING)
+    generator = torch.Generator().manual_seed(0)
+    Prefill(short, layout).attend(0, *qkv(generator, 13), SCALING)
     assert not short.prompts
-    assert {x.numbers.numel() for x in short.own[0]} == {8 * KV_HEADS * 50 * SIZE}
+    for tokens in range(40):
+        short.attend(0, *qkv(generator, 8), SCALING)
+        short.advance()
+        # As they come, and at the end the prompt's ten and the capacity, no more.
+        room = 10 + min(padded_length(tokens + 1), 40)
+        assert {x.numbers.numel() for x in short.own[0]} == {8 * KV_HEADS * room * SIZE}
 
 
 def test_eight_bits_are_half_of_sixteen_and_a_scale_a_token():

@@ -2,7 +2,8 @@
 sides.
 
 A trunk token is one position of one row that goes through the model's layers, padding included. It
-is counted where the first decoder layer is called, so what is computed twice counts twice.
+is counted at the first norm of the first decoder layer, which whatever runs the layer calls: what
+is computed twice counts twice.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Meter:
         self._running = OTHER
         self._clear()
 
-    def watch(self, layer) -> None:
-        """Count the tokens of this layer's forward passes: hidden states are [B, T, D]."""
-        layer.register_forward_pre_hook(self._forward, with_kwargs=True)
+    def watch(self, trunk) -> None:
+        """Count the tokens that go through a transformers model's layers."""
+        trunk.layers[0].input_layernorm.register_forward_pre_hook(self._forward)
 
     @property
     def started(self) -> bool:
@@ -103,9 +104,8 @@ class Meter:
         self._seconds, self._tokens, self._largest = Counter(), Counter(), Counter()
         self._noted: dict[str, Any] = {}
 
-    def _forward(self, layer, args, kwargs) -> None:
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        tokens = hidden_BTD.shape[:-1].numel()
+    def _forward(self, norm, args) -> None:
+        tokens = args[0].shape[:-1].numel()
         self._tokens[self._running] += tokens
         self._largest[self._running] = max(self._largest[self._running], tokens)
 

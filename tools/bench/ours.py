@@ -53,7 +53,7 @@ class _Watching(Console):
 
         def opened(*args, **kwargs):
             policy = open_policy(*args, **kwargs)
-            self.meter.watch(policy.trunk.layers[0])
+            self.meter.watch(policy.trunk)
             storages = (t.untyped_storage() for _, t in named_tensors(policy.model))
             self.loaded_bytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
             return policy

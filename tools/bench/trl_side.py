@@ -48,7 +48,7 @@ def run(config: Config, until: float | None = None) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             source, quantization_config=nf4_config(dtype), dtype=dtype, device_map={"": "cpu"}
         )
-        meter.watch(model.base_model.layers[0])
+        meter.watch(model.base_model)
         trainer = _Timed(
             meter,
             model=model,
