@@ -81,8 +81,10 @@ def choose(
         tokens_R = logits_RV.argmax(1)
     else:
         logp_RV = distribution(logits_RV, sampling)
-        # float64: in float32 the sums over a large vocabulary would swallow its unlikely tokens.
-        cumulative_RV = logp_RV.double().exp_().cumsum_(1)
+        # Sums in float64: in float32 those over a large vocabulary would swallow its unlikely
+        # tokens. What is summed is as exact as the log-probs are, in float32.
+        cumulative_RV = torch.empty_like(logp_RV, dtype=torch.float64)
+        torch.exp(logp_RV, out=cumulative_RV).cumsum_(1)
         # Scaled by the total, which is 1 up to rounding, u stays below it; `right`: tokens of
         # probability zero, whose cumulative value equals their predecessor's, are never met.
         drawn_R1 = uniforms_R[:, None] * cumulative_RV[:, -1:]
