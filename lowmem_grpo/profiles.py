@@ -21,9 +21,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.config import MemoryConfig
 from lowmem_grpo.errors import ConfigError, nearest
 from lowmem_grpo.hardware import Choice, Machine
+from lowmem_grpo.sections import MemoryConfig
 
 _GIB = 2**30
 _MIB = 2**20

@@ -2,17 +2,22 @@
 rewards.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowmem_grpo.config import Config
-from lowmem_grpo.grpo.objective import rollout_weights
+from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
+from lowmem_grpo.grpo.objective import Objective, rollout_weights
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
+from lowmem_grpo.rewards.base import Reward, Scores
 from lowmem_grpo.rollout.groups import prompt_ids
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import read_adapter
@@ -20,6 +25,7 @@ from lowmem_grpo.tasks import Task, TaskOptions, load_task
 
 __all__ = [
     "adapter_settings",
+    "advantages",
     "check_prompts",
     "choose",
     "open_optimizer",
@@ -101,10 +107,10 @@ def open_optimizer(config: Config, parameters: list):
 
 def update_settings(config: Config) -> dict[str, Any]:
     """What `grpo.update.accumulate` takes of the configuration."""
+    names = {field.name for field in fields(Objective)} - {"epsilon_high"}
+    own = {name: getattr(config.grpo, name) for name in names}
     return {
-        "epsilon": config.grpo.epsilon,
-        "epsilon_high": config.grpo.upper_epsilon,
-        "beta": config.grpo.beta,
+        "objective": Objective(epsilon_high=config.grpo.upper_epsilon, **own),
         "checkpointing": config.memory.gradient_checkpointing,
         "offloading": config.memory.activation_offloading,
         "overlapping": config.memory.offload_overlap,
@@ -137,15 +143,34 @@ def check_prompts(task: Task, config: Config) -> None:
             prompt_ids(tokenizer, problem, config.rollout.max_prompt_length)
 
 
+def advantages(scores: Scores, rewards: list[Reward], config: Config) -> list[list[float]]:
+    """The advantages of each group of scored rollouts as configured."""
+    shape = -1, config.rollout.num_generations
+    if config.grpo.multi_objective_aggregation == "normalize_then_sum":
+        each = [scores.by_name[reward.name] for reward in rewards]
+        rewards_FBG = torch.tensor(each, dtype=torch.float64).view(len(rewards), *shape)
+        weights_F = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        return gdpo_advantages(rewards_FBG, weights_F).tolist()
+    rewards_BG = torch.tensor(scores.total, dtype=torch.float64).view(shape)
+    return group_advantages(rewards_BG, config.grpo.scale_rewards, config.grpo.baseline).tolist()
+
+
 def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
     """The micro-batches of scored groups as configured."""
     lengths = [len(rollout.completion_ids) for group in groups for rollout in group.rollouts]
-    weights = rollout_weights(lengths, config.grpo.loss_type, config.rollout.max_completion_length)
+    cut = [rollout.finish_reason == "length" for group in groups for rollout in group.rollouts]
+    weights = rollout_weights(
+        lengths,
+        config.grpo.loss_type,
+        config.rollout.max_completion_length,
+        cut if config.grpo.mask_truncated_completions else (),
+    )
     return pack(
         groups,
         weights,
         max_tokens=config.memory.micro_batch_tokens,
         min_completion_length=config.rollout.min_completion_length,
-        # With a KL penalty every rollout reaches the gradient, whatever its advantage.
-        skip_zero_advantage=config.grpo.beta == 0,
+        # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its
+        # advantage.
+        skip_zero_advantage=config.grpo.beta == 0 == config.grpo.entropy_coef,
     )

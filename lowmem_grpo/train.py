@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from lowmem_grpo.config import Config, config_toml
-from lowmem_grpo.grpo.advantages import group_advantages
 from lowmem_grpo.grpo.optimizer import learning_rate_at
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.hardware import detect
@@ -45,6 +44,7 @@ from lowmem_grpo.run.evaluate import evaluate
 from lowmem_grpo.run.metrics import MetricsWriter, alarms, step_record
 from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import (
+    advantages,
     check_prompts,
     open_optimizer,
     open_policy,
@@ -142,7 +142,7 @@ def train(
 
                     # REFERENCE
                     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
-                    if config.grpo.beta and state.groups[0].rollouts[0].ref_logprobs is None:
+                    if config.grpo.beta and not any(group.referred for group in state.groups):
                         with meter.phase("reference"):
                             batches = pack_groups(state.groups, config)
                             total = sum(batch.tokens for batch in batches)
@@ -261,13 +261,12 @@ def _judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
     size = config.rollout.num_generations
     texts = [rollout.text for group in groups for rollout in group.rollouts]
     scores = score(rewards, texts, [group.problem for group in groups for _ in group.rollouts])
-    rewards_BG = torch.tensor(scores.total, dtype=torch.float64).view(len(groups), size)
-    advantages_BG = group_advantages(rewards_BG, config.grpo.scale_rewards).tolist()
+    found = advantages(scores, rewards, config)
     for i, group in enumerate(groups):
         mine = slice(i * size, (i + 1) * size)
         group.rewards = scores.total[mine]
         group.rewards_by_name = {name: values[mine] for name, values in scores.by_name.items()}
-        group.advantages = advantages_BG[i]
+        group.advantages = found[i]
 
 
 def _evaluate(

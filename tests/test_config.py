@@ -74,7 +74,24 @@ def test_malformed_assignments(text):
         ({"grpo": 3}, "must be a section"),
         ({"grpo": {"beta": -0.1}}, "grpo.beta = -0.1 (from here)"),
         ({"grpo": {"beta": float("nan")}}, "grpo.beta"),
-        ({"grpo": {"loss_type": "ppo"}}, "'grpo', 'dapo' or 'dr_grpo'"),
+        ({"grpo": {"loss_type": "ppo"}}, "'grpo', 'bnpo', 'dapo', 'dr_grpo'"),
+        ({"grpo": {"loss_type": "cispo"}}, "set it, to 5 as a start"),
+        ({"grpo": {"loss_type": "luspo"}}, "importance_sampling_level = token is not luspo: use"),
+        (
+            {"grpo": {"loss_type": "vespo", "importance_sampling_level": "sequence"}},
+            "is not vespo: use token",
+        ),
+        ({"grpo": {"loss_type": "sapo", "delta": 4}}, "grpo.delta has no place in"),
+        ({"grpo": {"delta": 1.0}}, "grpo.delta = 1.0 (from here)"),
+        (
+            {
+                "grpo": {
+                    "multi_objective_aggregation": "normalize_then_sum",
+                    "scale_rewards": "none",
+                }
+            },
+            "leave out grpo.scale_rewards",
+        ),
         ({"rollout": {"num_generations": 1}}, "greater than or equal to 2"),
         ({"rollout": {"num_generations": "many"}}, "rollout.num_generations = 'many'"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature = 0"),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from lowmem_grpo import profiles
-from lowmem_grpo.config import MemoryConfig, build_config
+from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.hardware import Machine
 from lowmem_grpo.profiles import choose_profile, detect_text, list_profiles, load_profile
+from lowmem_grpo.sections import MemoryConfig
 
 GIB = 2**30
 MIB = 2**20

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, score_reference
 from lowmem_grpo.memory.measure import alive
@@ -24,7 +25,7 @@ from tests.grpo.policies import open_policy
 LAYERS, LINEAR, INPUTS = 2, 7, 4  # of the tiny model; of a layer, with so many different inputs
 G, C = 4, 6
 QUESTIONS = "1 + 2", "1 + 2 + 3 + 4 + 5"
-SETTINGS = {"epsilon": 0.2, "epsilon_high": 0.2, "checkpointing": False}
+CLIP = {"epsilon": 0.2, "epsilon_high": 0.2}
 BUDGET = 10_000  # tokens of a micro-batch: all of them
 
 
@@ -102,7 +103,10 @@ def step(policy, work, *, beta=0.04, group=G, flat=(), budget=BUDGET, batch_size
 
     if beta:
         work.run("reference", lambda: score_reference(policy, packed(), scoring))
-    work.run("update", lambda: accumulate(policy, packed(), scoring, beta=beta, **SETTINGS))
+    objective = Objective(beta=beta, **CLIP)
+    work.run(
+        "update", lambda: accumulate(policy, packed(), scoring, objective, checkpointing=False)
+    )
     for parameter in policy.adapter_parameters().values():
         parameter.grad = None
     return groups

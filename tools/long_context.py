@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate
 from lowmem_grpo.memory.measure import alive
@@ -91,9 +92,8 @@ class Update:
         self.policy.set_mlp_tile(mlp_tile)
         how = {"checkpointing": False, **how}
         batches = pack([self.group], [0.5, 0.5], max_tokens=max_tokens)
-        accumulate(
-            self.policy, batches, Scoring(1.0, ()), epsilon=0.2, epsilon_high=0.2, beta=0.0, **how
-        )
+        objective = Objective(epsilon=0.2, epsilon_high=0.2, beta=0.0)
+        accumulate(self.policy, batches, Scoring(1.0, ()), objective, **how)
         found = {name: p.grad for name, p in self.parameters.items()}
         self.policy.model.zero_grad(set_to_none=True)
         return found

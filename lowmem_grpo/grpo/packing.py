@@ -46,6 +46,11 @@ class PackedBatch:
     def tokens(self) -> int:
         return self.input_ids_T.numel()
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Scored tokens of each rollout."""
+        return tuple(len(rollout.completion_ids) for rollout in self.members)
+
     def to(self, device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
         moved = {
@@ -74,9 +79,9 @@ def pack(
 ) -> list[PackedBatch]:
     """Micro-batches (on the CPU) of scored groups; `weights`: one for each rollout, in order.
 
-    `skip_zero_advantage` leaves out rollouts whose advantage is zero: right when beta is 0, since
-    then nothing else of theirs reaches the gradient. Rollouts keep their order; a prompt is
-    repeated only where its group is cut.
+    Rollouts of weight 0 are left out, and with `skip_zero_advantage` those whose advantage is zero:
+    right when beta is 0, since then nothing else of theirs reaches the gradient. Rollouts keep
+    their order; a prompt is repeated only where its group is cut.
     """
     batches: list[PackedBatch] = []
     current: list[_Part] = []
@@ -84,7 +89,7 @@ def pack(
     remaining = iter(weights)
     for group in groups:
         scored = zip(group.rollouts, group.advantages, remaining, strict=False)
-        kept = [x for x in scored if not (skip_zero_advantage and x[1] == 0.0)]
+        kept = [x for x in scored if x[2] and not (skip_zero_advantage and x[1] == 0.0)]
         prompt = len(group.prompt_ids)
         whole = prompt + sum(len(rollout.completion_ids) - 1 for rollout, _, _ in kept)
         if kept and used and used + whole > max_tokens:

@@ -6,11 +6,11 @@ is the gradient of the step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from lowmem_grpo.grpo.objective import ObjectiveInputs, objective
+from lowmem_grpo.grpo.objective import Objective, ObjectiveInputs
 from lowmem_grpo.grpo.packing import PackedBatch, store_reference
 
 __all__ = [
@@ -29,10 +29,13 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Scoring:
-    """How log-probs are taken: at the sampler's temperature, no `end_ids` where `no_end_N`."""
+    """How log-probs are taken: at the sampler's temperature, no `end_ids` where `no_end_N`;
+    entropies with their gradient, or without.
+    """
 
     temperature: float
     end_ids: tuple[int, ...]
+    entropy_gradient: bool = False
 
     def __call__(self, policy, batch: PackedBatch):
         """Log-probs and entropies (float32 [N]) of a batch on the policy's device, in its role."""
@@ -45,6 +48,7 @@ class Scoring:
             temperature=self.temperature,
             forbidden_ids=self.end_ids,
             forbidden_N=batch.no_end_N,
+            entropy_gradient=self.entropy_gradient,
         )
 
 
@@ -90,10 +94,8 @@ def accumulate(
     policy,
     batches: list[PackedBatch],
     scoring: Scoring,
+    objective: Objective,
     *,
-    epsilon: float,
-    epsilon_high: float,
-    beta: float,
     checkpointing: bool,
     offloading: bool = False,
     overlapping: bool = False,
@@ -102,6 +104,8 @@ def accumulate(
 ) -> UpdateStats:
     """Add the gradient of the step's loss to the adapters, one micro-batch after another."""
     stats = UpdateStats()
+    scoring = replace(scoring, entropy_gradient=objective.entropy_coef != 0.0)
+    tokens = sum(batch.targets_N.numel() for batch in batches)
     for cpu_batch in batches:
         batch = cpu_batch.to(policy.device)
         with policy.as_trainable(
@@ -114,8 +118,11 @@ def accumulate(
                 advantages_N=batch.advantages_N,
                 weights_N=batch.weights_N,
                 ref_logprobs_N=batch.ref_logprobs_N,
+                lengths=batch.lengths,
+                entropies_N=entropy_N,
+                tokens=tokens,
             )
-            loss, sums = objective(inputs, epsilon=epsilon, epsilon_high=epsilon_high, beta=beta)
+            loss, sums = objective(inputs)
             (loss if loss_scale is None else loss_scale(loss)).backward()
         sums["loss"], sums["entropy"] = loss.detach(), entropy_N.detach().sum()
         # One transfer for all the numbers of a micro-batch: each waits for the device.

@@ -22,6 +22,7 @@ device, all are fake CPU tensors.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -259,6 +260,8 @@ class Phases:
         """
         how = dict(zip(("checkpointing", "offloading", "overlapping"), how, strict=True))
         policy, config = self._policy, self._config
+        settings = update_settings(config)
+        settings |= {"objective": replace(settings["objective"], beta=beta), **how}
         policy.set_mlp_tile(tiles[0])
         policy.tiles = {"tile_tokens": tiles[1], "tile_vocab": tiles[2]}
         groups = [groups_of(batch) for batch in batches]
@@ -276,7 +279,7 @@ class Phases:
                     policy,
                     packed(groups),
                     scoring,
-                    **{**update_settings(config), "beta": beta, **how},
+                    **settings,
                     loss_scale=scaler.scale if scaler is not None else None,
                 )
             done = len(recorder.events)

@@ -102,9 +102,10 @@ class FewTiles(Scoring):
             temperature=self.temperature,
             forbidden_ids=self.end_ids,
             forbidden_N=batch.no_end_N[kept],
+            entropy_gradient=self.entropy_gradient,
         )
         rest = 0, rows - logprobs.shape[0]
-        if logprobs.requires_grad:  # of each row a direction is kept
+        if logprobs.requires_grad and not self.entropy_gradient:  # of each row a direction is kept
             logprobs = _Beside.apply(logprobs, torch.empty_like(hidden_ND[: rest[1]]))
         return torch.nn.functional.pad(logprobs, rest), torch.nn.functional.pad(entropy, rest)
 

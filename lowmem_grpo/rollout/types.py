@@ -41,3 +41,8 @@ class Group:
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     rewards_by_name: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def referred(self) -> bool:
+        """Whether the reference has been asked (of rollouts that do not count it is not)."""
+        return any(rollout.ref_logprobs is not None for rollout in self.rollouts)

@@ -165,7 +165,9 @@ def check_same_mathematics(path: Path, config) -> None:
         if section in _FREE_SECTIONS:
             continue
         for key, value in entries.items():
-            was = saved.get(section, {}).get(key)
+            # A setting that there was not yet, when the run was started, was as it is by default.
+            default = type(getattr(config, section)).model_fields[key].default
+            was = saved.get(section, {}).get(key, default)
             if key not in _FREE_KEYS.get(section, ()) and was != value:
                 raise ConfigError(
                     f"--resume: {section}.{key} is {value!r}, and the run was started with "

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
@@ -125,9 +126,8 @@ def step(policy, groups, **how) -> dict:
         weight_decay=0.01,
     )  # fmt: skip
     batches = pack(groups, weights, **layout)
-    stats = accumulate(
-        policy, batches, scoring, epsilon=0.2, epsilon_high=0.28, beta=0.04, **how
-    )  # fmt: skip
+    objective = Objective(epsilon=0.2, epsilon_high=0.28, beta=0.04)
+    stats = accumulate(policy, batches, scoring, objective, **how)
     places = {f"{p.grad.device.type} {p.grad.dtype}" for p in parameters.values()}
     apply_update(list(parameters.values()), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
     moments = {

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
+from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
@@ -105,8 +106,8 @@ def _step(policy, groups, optimizer, watch: Recorder, *, checkpointing: bool) ->
         score_reference(policy, pack(groups, weights, **layout), scoring)
     with watch.phase("update"):
         accumulate(
-            policy, pack(groups, weights, **layout), scoring, epsilon=0.2, epsilon_high=0.28,
-            beta=0.04, checkpointing=checkpointing,
+            policy, pack(groups, weights, **layout), scoring,
+            Objective(epsilon=0.2, epsilon_high=0.28, beta=0.04), checkpointing=checkpointing,
         )  # fmt: skip
     parameters = list(policy.adapter_parameters().values())
     with watch.phase("optimizer"):

@@ -9,6 +9,7 @@ import torch
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.policy.base import AdapterSettings
 from lowmem_grpo.policy.load import load_policy
+from tests.grpo.naive import naive_average, naive_row
 
 __all__ = [
     "gradients",
@@ -95,29 +96,19 @@ def make_off_policy(policy, groups, scoring, *, spread=0.3, seed=5):
         del logprobs[:count]
 
 
-def naive_loss(
-    policy, groups, *, loss_type, beta, epsilon, epsilon_high, longest, **scoring_options
-):
+def naive_loss(policy, groups, objective, *, longest, **scoring_options):
     """The step's loss with its graph, and the number of tokens clipped below and above."""
-    rows, lengths, low, high = [], [], 0, 0
+    rows, low, high = [], 0, 0
     for group in groups:
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
             row = (policy, group.prompt_ids, rollout.completion_ids)
             new, _ = naive_logprobs(*row, **scoring_options)
-            ratio = torch.exp(new - torch.tensor(rollout.logprobs))
-            clipped = torch.clamp(ratio, 1 - epsilon, 1 + epsilon_high)
-            loss = -torch.min(ratio * advantage, clipped * advantage)
-            low += int(((ratio < 1 - epsilon) & (advantage < 0)).sum())
-            high += int(((ratio > 1 + epsilon_high) & (advantage > 0)).sum())
-            if beta:
+            ref = None
+            if objective.beta:
                 with policy.as_reference():
                     ref, _ = naive_logprobs(*row, **scoring_options)
-                loss = loss + beta * (torch.exp(ref - new) - (ref - new) - 1)
-            rows.append(loss)
-            lengths.append(len(loss))
-    if loss_type == "grpo":
-        return torch.stack([row.mean() for row in rows]).mean(), low, high
-    total = torch.cat(rows).sum()
-    if loss_type == "dapo":
-        return total / sum(lengths), low, high
-    return total / (len(rows) * longest), low, high
+            old = torch.tensor(rollout.logprobs)
+            losses, below, above = naive_row(new, old, ref, advantage, objective)
+            rows.append(losses)
+            low, high = low + below, high + above
+    return naive_average(rows, objective.loss_type, longest), low, high

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_grpo.grpo.advantages import group_advantages
+from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
 
 FIXED = settings(deadline=None, derandomize=True)
 # Sixteenths are exact in binary: a shift by one of them rounds nothing.
@@ -41,7 +41,7 @@ def test_naive_twin_each_group_by_itself():
         assert found == pytest.approx([(r - mean) / (std + 1e-4) for r in row], rel=1e-12)
 
 
-@pytest.mark.parametrize("scaling", ["group", "none"])
+@pytest.mark.parametrize("scaling", ["group", "batch", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7, 1e6 / 3])
 def test_equal_rewards_give_exactly_zero(reward, dtype, scaling):
@@ -61,20 +61,75 @@ def test_without_scaling_only_the_mean_goes():
     assert advantages([[4.0, 0.0, 2.0, 2.0]], scale_rewards="none").tolist() == [[2.0, -2, 0, 0]]
 
 
-def test_another_scaling_is_refused_by_name():
-    with pytest.raises(ValueError, match="batch"):
-        advantages([[0.0, 1.0]], scale_rewards="batch")
+def test_the_whole_step_s_deviation_scales_every_group_alike():
+    rewards = [[0.0, 1.0, 0.0], [2.0, 2.0, 8.0]]
+    flat = [r for row in rewards for r in row]
+    mean = sum(flat) / 6
+    std = (sum((r - mean) ** 2 for r in flat) / 5) ** 0.5
+    expected = [[(r - sum(row) / 3) / (std + 1e-4) for r in row] for row in rewards]
+    for found, row in zip(advantages(rewards, scale_rewards="batch"), expected, strict=True):
+        assert found.tolist() == pytest.approx(row, rel=1e-12)
+
+
+def test_leaving_one_out_compares_with_the_others():
+    row = [4.0, 0.0, 2.0, 1.0]
+    expected = [r - (sum(row) - r) / 3 for r in row]
+    found = advantages([row], scale_rewards="none", baseline="leave_one_out")
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_rewards_that_sum_to_the_same_are_told_apart():
+    right, short = [[1.0, 0.0, 1.0, 0.0]], [[0.0, 0.1, 0.0, 0.1]]
+    weights = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    both = torch.tensor([right, short], dtype=torch.float64)
+    summed = (both * weights[:, None, None]).sum(0)
+    assert group_advantages(summed).abs().max().item() < 1e-9
+    assert gdpo_advantages(both, weights)[0].tolist() == pytest.approx(
+        [-0.866, 0.866] * 2, rel=1e-3
+    )
+
+
+def test_naive_twin_of_several_rewards():
+    rewards = [[[0.0, 1.0, 3.0], [10.0, 10.5, 10.0]], [[1.0, 1.0, 1.0], [0.0, 0.0, 2.0]]]
+    weights = [0.5, 2.0]
+    summed = [[0.0] * 3 for _ in range(2)]
+    for each, weight in zip(rewards, weights, strict=True):
+        for b, row in enumerate(each):
+            mean = sum(row) / 3
+            std = (sum((r - mean) ** 2 for r in row) / 2) ** 0.5
+            for i, r in enumerate(row):
+                summed[b][i] += weight * (r - mean) / (std + 1e-4)
+    flat = [x for row in summed for x in row]
+    mean = sum(flat) / 6
+    std = (sum((x - mean) ** 2 for x in flat) / 5) ** 0.5
+    found = gdpo_advantages(
+        torch.tensor(rewards, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+    )
+    assert found.flatten().tolist() == pytest.approx(
+        [(x - mean) / (std + 1e-4) for x in flat], rel=1e-9
+    )
+
+
+def test_a_group_that_no_reward_tells_apart_has_advantages_of_exactly_zero():
+    rewards = torch.tensor([[[0.1] * 3, [0.0, 1, 0]], [[0.7] * 3, [0.2, 0.1, 0]]])
+    assert gdpo_advantages(rewards, torch.tensor([1.0, 0.3]))[0].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("setting", ["scale_rewards", "baseline"])
+def test_another_scaling_or_baseline_is_refused_by_name(setting):
+    with pytest.raises(ValueError, match=f"{setting} is 'other', expected one of"):
+        advantages([[0.0, 1.0]], **{setting: "other"})
 
 
 @FIXED
-@given(GROUPS, st.sampled_from(["group", "none"]))
+@given(GROUPS, st.sampled_from(["group", "batch", "none"]))
 def test_advantages_of_a_group_sum_to_zero(rewards, scaling):
     found = advantages(rewards, scale_rewards=scaling)
     assert found.sum(1).abs().max().item() < 1e-9
 
 
 @FIXED
-@given(GROUPS, SIXTEENTHS, st.sampled_from(["group", "none"]))
+@given(GROUPS, SIXTEENTHS, st.sampled_from(["group", "batch", "none"]))
 def test_a_shift_of_all_rewards_changes_nothing(rewards, shift, scaling):
     shifted = [[r + shift for r in group] for group in rewards]
     found = advantages(shifted, scale_rewards=scaling)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from lowmem_grpo.grpo.objective import rollout_weights
+from lowmem_grpo.grpo.objective import Objective, rollout_weights
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate
 from lowmem_grpo.policy.source import resolve
@@ -69,10 +69,11 @@ def errors(directory, *, scale, **tiles):
     make_off_policy(policy, groups, scoring)
     weights = rollout_weights([n for _, row in SHAPE for n in row], "grpo", 16)
     batches = pack(groups, weights, max_tokens=40)
-    accumulate(policy, batches, scoring, beta=0.0, checkpointing=True, **CLIP)
+    objective = Objective(beta=0.0, **CLIP)
+    accumulate(policy, batches, scoring, objective, checkpointing=True)
     found = [gradients(policy)]
     for twin in (policy, Float64(policy, resolve(str(directory)))):
-        loss, _, _ = naive_loss(twin, groups, loss_type="grpo", beta=0.0, longest=16, **CLIP)
+        loss, _, _ = naive_loss(twin, groups, objective, longest=16)
         loss.backward()
         found.append(gradients(twin))
     packed, rows, truth = found

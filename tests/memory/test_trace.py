@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
@@ -396,8 +397,9 @@ def record_step(policy, groups, max_tokens, checkpointing):
                 score_reference(policy, pack(groups, weights, **layout), scoring, lambda n: None)
             with phase("update"):
                 accumulate(
-                    policy, pack(groups, weights, **layout), scoring, epsilon=0.2,
-                    epsilon_high=0.28, beta=0.04, checkpointing=checkpointing,
+                    policy, pack(groups, weights, **layout), scoring,
+                    Objective(epsilon=0.2, epsilon_high=0.28, beta=0.04),
+                    checkpointing=checkpointing,
                 )  # fmt: skip
             with phase("optimizer"):
                 apply_update(

@@ -1,0 +1,278 @@
+"""The sections of a run's configuration: what there is to set, with a sentence under each setting.
+
+Names are TRL's where TRL has them. What no single value can be refused for is refused where it
+lies: within a section here, across sections in config.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "EvalConfig", "GrpoConfig", "LoraSection", "MemoryConfig", "ModelConfig", "OptimizerConfig",
+    "RewardsConfig", "RolloutConfig", "RunConfig", "Section", "TaskConfig",
+]  # fmt: skip
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        strict=False,
+    )
+
+
+class ModelConfig(Section):
+    name: str = "smollm2-135m"
+    """Hub id, local directory, .gguf file, or smollm2-135m (the demo model)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What matrix products and activations run in; auto follows the hardware."""
+    attention: Literal["auto", "flash_attn", "torch_varlen", "sdpa", "tiled"] = "auto"
+    """Backend of the shared-prefix attention; auto follows the hardware."""
+    lm_head_bits: Literal[8, 16] = 16
+    """Of the output head; 16 is the compute dtype. 8 is another model, in every role alike."""
+    lm_head_kernels: Literal["torch", "triton"] = "torch"
+    """What makes the passes over the head's tiles. triton has not been run on a card yet."""
+    chat_template: str | None = None
+    """A file with a chat template, for a model that has none."""
+
+
+class LoraSection(Section):
+    r: Positive = 16
+    """Rank."""
+    lora_alpha: Positive = 32
+    """The adapter's product is scaled by lora_alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """all-linear, or the names of the linear layers to adapt."""
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    """How A starts (B is zero): Kaiming uniform or Gaussian."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _base_stays(cls, data: Any) -> Any:
+        init = str(data.get("init_lora_weights", "")).lower() if isinstance(data, dict) else ""
+        if init.startswith(("pissa", "olora", "loftq", "corda", "eva", "lora_ga")):
+            raise ValueError(
+                f"init_lora_weights = {init} changes the base weights, and the base is the "
+                "reference: use default or gaussian"
+            )
+        return data
+
+
+class TaskConfig(Section):
+    name: str = "arithmetic"
+    """arithmetic[:options], reasoning_gym:NAME, or records:PATH."""
+    seed: int = 0
+    """Order of the problems, and which ones a generator makes."""
+    system_prompt: str | None = None
+    """Put before every problem."""
+    prompt_column: str = "prompt"
+    """Column of a record that holds its prompt."""
+    answer_column: str = "answer"
+    """Column of a record that holds its answer."""
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the records that is held out for evaluation."""
+    eval_path: str | None = None
+    """A file of its own for evaluation, instead of a held-out share."""
+
+
+class RewardsConfig(Section):
+    functions: list[str] = []
+    """number, math, task, format:REGEX or FILE.py:function; empty means the task's own."""
+    weights: list[float] | None = None
+    """One factor for each function; all 1 when left out."""
+
+
+class RolloutConfig(Section):
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """G, completions of each problem."""
+    problems_per_step: Positive = 4
+    """B, problems of each step."""
+    max_prompt_length: Positive = 512
+    """Longest prompt in tokens; a longer one is an error."""
+    min_completion_length: Annotated[int, Field(ge=0)] = 0
+    """No end before that many tokens."""
+    max_completion_length: Positive = 256
+    """Longest completion in tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of the sampler, and of the log-probs that the trainer takes."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling; must be 1 for training."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k most likely tokens; must be 0 (off) for training."""
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Drop tokens below that fraction of the likeliest; must be 0 for training."""
+
+
+class GrpoConfig(Section):
+    """The loss; formulas and sources are in grpo/objective.py and grpo/advantages.py."""
+
+    beta: Annotated[float, Field(ge=0.0)] = 0.04
+    """Weight of the KL penalty towards the reference; 0 skips the reference's forward pass."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL penalty."""
+    use_bias_correction_kl: bool = False
+    """Multiply the KL penalty by the ratio."""
+    epsilon: Fraction = 0.2
+    """Lower clip of the ratio: 1 - epsilon."""
+    epsilon_high: Annotated[float, Field(ge=0.0)] | None = None
+    """Upper clip of the ratio: 1 + epsilon_high; epsilon when left out. With cispo: its bound."""
+    delta: Annotated[float, Field(gt=1.0)] | None = None
+    """Bound of the ratio where the advantage is negative."""
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"] = (
+        "grpo"
+    )
+    """What a token contributes, and how tokens are averaged."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratios of tokens, or of whole completions (GSPO)."""
+    off_policy_mask_threshold: Annotated[float, Field(gt=0.0)] | None = None
+    """A completion with a negative advantage that is further from the policy has no surrogate."""
+    entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of an entropy bonus: the mean entropy of the step's tokens, taken from the loss."""
+    sapo_temperature_pos: Annotated[float, Field(gt=0.0)] = 1.0
+    """sapo's, where the advantage is positive."""
+    sapo_temperature_neg: Annotated[float, Field(gt=0.0)] = 1.05
+    """sapo's, elsewhere."""
+    vespo_k_pos: Annotated[float, Field(ge=0.0)] = 2.0
+    """vespo's power, where the advantage is not negative."""
+    vespo_lambda_pos: Annotated[float, Field(gt=0.0)] = 3.0
+    """vespo's decay there."""
+    vespo_k_neg: Annotated[float, Field(ge=0.0)] = 3.0
+    """vespo's power, where the advantage is negative."""
+    vespo_lambda_neg: Annotated[float, Field(gt=0.0)] = 2.0
+    """vespo's decay there."""
+    mask_truncated_completions: bool = False
+    """Completions that were cut at the longest length do not count."""
+    num_iterations: Positive = 1
+    """Optimizer steps on each batch of groups."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group, of the whole step, or not."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is taken from a reward: the mean of its group, or of the others in it (RLOO)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    """Of several rewards: the advantage of their sum, or each normalised by itself (GDPO)."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> GrpoConfig:
+        kind, level = self.loss_type, self.importance_sampling_level
+        if kind == "cispo" and self.epsilon_high is None:
+            raise ValueError(
+                "grpo.loss_type = cispo bounds the ratio by grpo.epsilon_high: set it, "
+                "to 5 as a start"
+            )
+        if (kind, level) in (("luspo", "token"), ("vespo", "sequence")):
+            other = "sequence" if level == "token" else "token"
+            raise ValueError(
+                f"grpo.loss_type = {kind} with grpo.importance_sampling_level = {level} is not "
+                f"{kind}: use {other}"
+            )
+        if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"grpo.delta has no place in grpo.loss_type = {kind}: leave it out")
+        if self.multi_objective_aggregation == "normalize_then_sum" and (
+            self.scale_rewards != "group" or self.baseline != "mean"
+        ):
+            raise ValueError(
+                "grpo.multi_objective_aggregation = normalize_then_sum scales by itself: leave out "
+                "grpo.scale_rewards and grpo.baseline"
+            )
+        return self
+
+    @property
+    def upper_epsilon(self) -> float:
+        """`epsilon_high`, or `epsilon` where that is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class OptimizerConfig(Section):
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """float32 moments, 8-bit moments, or 8-bit moments paged to the host."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+
+class MemoryConfig(Section):
+    """`auto` leaves a setting to the memory plan, which says what it chose and why."""
+
+    micro_batch_tokens: Positive | Auto = "auto"
+    """Most trunk tokens in one forward and backward pass."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Keep each layer's input only and compute the layer again in backward."""
+    activation_offloading: bool | Auto = "auto"
+    """Keep the layers' inputs in pinned host memory; needs gradient_checkpointing."""
+    offload_overlap: bool | Auto = "auto"
+    """Copy them beside the layers' kernels: one layer's input more on the card."""
+    mlp_tile_tokens: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Tokens that an MLP computes at a time, forward and backward; 0: all of them."""
+    logits_tile_tokens: Positive | Auto = "auto"
+    """Rows of one tile of the LM head."""
+    logits_tile_vocab: Positive | Auto = "auto"
+    """Columns of one tile of the LM head."""
+    rollout_batch_size: Positive | Auto = "auto"
+    """Completions decoded at once."""
+    kv_cache_bits: Literal[8, 16] | Auto = "auto"
+    """Of the sampler's keys and values; 16 is the compute dtype. 8 samples from a rounded cache."""
+    embedding_on_host: bool | Auto = "auto"
+    """Keep the input embedding in host memory; not for models whose head is the same weight."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> MemoryConfig:
+        if self.activation_offloading is True and self.gradient_checkpointing is False:
+            raise ValueError(
+                "memory.activation_offloading = true moves what checkpointing keeps: use "
+                "memory.gradient_checkpointing = true with it"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    num_problems: Positive = 100
+    """Held-out problems of an evaluation; all there are, if fewer."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every so many steps during training; 0: never."""
+    max_completion_length: Positive | None = None
+    """Longest completion of an evaluation; rollout.max_completion_length when left out."""
+    batch_size: Positive | Auto = "auto"
+    """Completions decoded at once; auto leaves it to the memory plan."""
+
+
+class RunConfig(Section):
+    seed: int = 0
+    """Of the adapters' initialisation and of sampling."""
+    steps: Positive = 100
+    """Optimizer steps."""
+    output: str = "runs/grpo"
+    """The run directory."""
+    save_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between checkpoints; 0: only at the end or when stopped."""
+    keep_last: Positive = 2
+    """Checkpoints that are kept."""
+    log_rollouts: Annotated[int, Field(ge=0)] = 8
+    """Rollouts of each step that are written to rollouts.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUTPUT/tensorboard."""
