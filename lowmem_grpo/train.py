@@ -260,7 +260,9 @@ def _judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
     """Write rewards and advantages into the groups."""
     size = config.rollout.num_generations
     texts = [rollout.text for group in groups for rollout in group.rollouts]
-    scores = score(rewards, texts, [group.problem for group in groups for _ in group.rollouts])
+    ids = [rollout.completion_ids for group in groups for rollout in group.rollouts]
+    problems = [group.problem for group in groups for _ in group.rollouts]
+    scores = score(rewards, texts, problems, ids)
     found = advantages(scores, rewards, config)
     for i, group in enumerate(groups):
         mine = slice(i * size, (i + 1) * size)

@@ -9,7 +9,9 @@ from typing import Any
 
 from lowmem_grpo.errors import ConfigError, nearest
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
+from lowmem_grpo.rewards.choice import choice_reward
 from lowmem_grpo.rewards.format import format_reward
+from lowmem_grpo.rewards.length import overlong_reward, repetition_reward
 from lowmem_grpo.rewards.math import MathReward
 from lowmem_grpo.rewards.number import answer_number, number_reward
 from lowmem_grpo.rewards.user import load_function, load_module
@@ -17,15 +19,18 @@ from lowmem_grpo.tasks.base import Task
 
 __all__ = ["Reward", "Scores", "load_rewards", "score"]
 
-_KNOWN = ("number", "math", "task", "format")
-_FORMS = "number, math, task, format:REGEX, FILE.py:function"
+_KNOWN = ("number", "choice", "math", "task", "format", "overlong", "repetition")
+_FORMS = (
+    "number, choice, math, task, format:REGEX, overlong:max=L,cache=C, repetition:ngram=N, "
+    "FILE.py:function"
+)
 
 
 def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Task) -> list[Reward]:
     """The rewards that `specs` name, or the task's default ones where there are none; weights are 1
     unless given.
 
-    Names in the log are `number`, `math`, `task`, `format` or the function's; a second reward of
+    Names in the log are `number`, `math`, `format` and so on, or the function's; a second reward of
     the same name gets `_2`, and so on. Raises `ConfigError` for a reward that is unknown, cannot be
     loaded, does not suit the task's problems or is named twice, and for weights that are not one
     finite number each.
@@ -57,6 +62,8 @@ def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, R
     if spec == "number":
         _check_numbers(task)
         return spec, number_reward
+    if spec == "choice":
+        return spec, choice_reward
     if spec == "math":
         return spec, MathReward()
     if spec == "task":
@@ -64,6 +71,10 @@ def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, R
     kind, _, rest = spec.partition(":")
     if kind == "format":
         return kind, format_reward(rest)
+    if kind == "overlong":
+        return kind, overlong_reward(*_numbers(spec, rest, ("max", "cache")))
+    if kind == "repetition":
+        return kind, repetition_reward(*_numbers(spec, rest, ("ngram",)))
     path, colon, name = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"reward '{spec}' names a file but no function: write {spec}:NAME")
@@ -74,7 +85,7 @@ def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, R
     # One module for all functions of a file: what it loads, it loads once, for all of them.
     if path not in modules:
         modules[path] = load_module(path)
-    fields = fields_of([task.train_problem(0)])
+    fields = fields_of([task.train_problem(0)], [[]])
     return name, load_function(spec, modules[path], fields)
 
 
@@ -85,6 +96,15 @@ def _task_reward(task: Task) -> RewardFunction:
         ]
 
     return task_score
+
+
+def _numbers(spec: str, text: str, names: tuple[str, ...]) -> list[int]:
+    """The values of `max=256,cache=64`, all of them whole numbers."""
+    given = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
+    if given.keys() != set(names) or not all(value.isdecimal() for value in given.values()):
+        form = ",".join(f"{name}=NUMBER" for name in names)
+        raise ConfigError(f"reward '{spec}': write {spec.partition(':')[0]}:{form}")
+    return [int(given[name]) for name in names]
 
 
 def _check_numbers(task: Task) -> None:

@@ -6,11 +6,12 @@ A reward function is `function(completions, **fields) -> list[float]`: the texts
 and, for each column of their problems, a list of the same length. The columns are those that every
 problem of the call has, and
 
-    answer    the reference answers, texts
-    prompts   the chat messages of each prompt
-    problems  the `Problem` objects themselves
+    answer          the reference answers, texts
+    prompts         the chat messages of each prompt
+    problems        the `Problem` objects themselves
+    completion_ids  the tokens of each completion, its end token included
 
-These three names hide columns of the same name. Every function gets lists of its own. A function
+These names hide columns of the same name. Every function gets lists of its own. A function
 that fails stops the scoring: a wrong reward is worse than none.
 """
 
@@ -27,7 +28,6 @@ from typing import Any
 from lowmem_grpo.errors import RewardError
 from lowmem_grpo.tasks.base import Problem
 
-OWN_FIELDS = ("answer", "prompts", "problems")
 RewardFunction = Callable[..., list[float]]
 
 
@@ -49,7 +49,10 @@ class Scores:
 
 
 def score(
-    rewards: Sequence[Reward], completions: Sequence[str], problems: Sequence[Problem]
+    rewards: Sequence[Reward],
+    completions: Sequence[str],
+    problems: Sequence[Problem],
+    completion_ids: Sequence[Sequence[int]],
 ) -> Scores:
     """Scores `completions[i]`, an answer to `problems[i]`, with every reward.
 
@@ -60,12 +63,10 @@ def score(
         raise ValueError(f"{len(completions)} completions for {len(problems)} problems")
     if not completions:
         return Scores({reward.name: [] for reward in rewards}, [])
-    by_name = {
-        reward.name: _checked(
-            reward.name, _call(reward, completions, problems), completions, problems
-        )
-        for reward in rewards
-    }
+    by_name = {}
+    for reward in rewards:
+        returned = _call(reward, completions, fields_of(problems, completion_ids), problems)
+        by_name[reward.name] = _checked(reward.name, returned, completions, problems)
     total = [
         sum(reward.weight * by_name[reward.name][i] for reward in rewards)
         for i in range(len(completions))
@@ -73,8 +74,10 @@ def score(
     return Scores(by_name, total)
 
 
-def fields_of(problems: Sequence[Problem]) -> dict[str, list[Any]]:
-    """The columns that every one of `problems` has, and the three of our own, as lists."""
+def fields_of(
+    problems: Sequence[Problem], completion_ids: Sequence[Sequence[int]]
+) -> dict[str, list[Any]]:
+    """The columns that every one of `problems` has, and those of our own, as lists."""
     shared = [
         name for name in problems[0].fields if all(name in problem.fields for problem in problems)
     ]
@@ -84,12 +87,18 @@ def fields_of(problems: Sequence[Problem]) -> dict[str, list[Any]]:
         "answer": [problem.answer for problem in problems],
         "prompts": [[dict(message) for message in problem.messages] for problem in problems],
         "problems": list(problems),
+        "completion_ids": [list(ids) for ids in completion_ids],
     }
 
 
-def _call(reward: Reward, completions: Sequence[str], problems: Sequence[Problem]) -> Any:
+def _call(
+    reward: Reward,
+    completions: Sequence[str],
+    fields: dict[str, list[Any]],
+    problems: Sequence[Problem],
+) -> Any:
     try:
-        return reward.function(completions=list(completions), **fields_of(problems))
+        return reward.function(completions=list(completions), **fields)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:  # exit() in a reward must not end the run unsaved

@@ -30,7 +30,8 @@ def rewards_file(tmp_path):
 
 def scores_of(specs, task, texts, weights=None):
     problems = [task.train_problem(i) for i in range(len(texts))]
-    return score(load_rewards(specs, weights, task), texts, problems)
+    ids = [list(range(len(text))) for text in texts]  # a token a character
+    return score(load_rewards(specs, weights, task), texts, problems, ids)
 
 
 def test_the_tasks_own_rewards_are_used_where_none_is_named(task):
@@ -50,11 +51,20 @@ def test_format_matches_the_whole_completion(task):
     assert scores_of(["format:<a>.*</a>"], task, texts).total == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_lengths_and_repetitions_are_penalised(task):
+    texts = ["a b a b", "abc", "", "A a a a a"]
+    scores = scores_of(["overlong:max=8,cache=4", "repetition:ngram=2"], task, texts)
+    assert scores.by_name == {
+        "overlong": [-0.75, 0.0, 0.0, -1.0],
+        "repetition": [pytest.approx(-1 / 3), 0.0, 0.0, -0.75],
+    }
+
+
 def test_rewards_of_one_kind_get_names_of_their_own(task, rewards_file):
     path = rewards_file("def format(completions, **fields): return [2.0] * len(completions)")
     rewards = load_rewards(["format:a:b", "format:c", f"{path}:format"], None, task)
     assert [r.name for r in rewards] == ["format", "format_2", "format_3"]
-    assert score(rewards, ["a:b"], [task.train_problem(0)]).total == [3.0]
+    assert score(rewards, ["a:b"], [task.train_problem(0)], [[1]]).total == [3.0]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +79,13 @@ def test_rewards_of_one_kind_get_names_of_their_own(task, rewards_file):
         (["format:ab**"], None, "position 3"),
         (["mine.py"], None, "mine.py:NAME"),
         (["gone.py:f"], None, "gone.py: there is no such file"),
+        (["chioce"], None, "did you mean 'choice'"),
+        (["overlong"], None, "write overlong:max=NUMBER,cache=NUMBER"),
+        (["overlong:max=9"], None, "write overlong:max=NUMBER,cache=NUMBER"),
+        (["overlong:max=9,cache=-1"], None, "write overlong:max=NUMBER,cache=NUMBER"),
+        (["overlong:max=9,cache=10"], None, "cache must be from 1 to max"),
+        (["repetition:ngram=0"], None, "ngram must be 1 or more"),
+        (["repetition:n=2"], None, "write repetition:ngram=NUMBER"),
         (["number", "number"], None, "twice"),
         (["number", "task"], [1.0], "1 reward weights for 2 rewards"),
         (["number"], [], "0 reward weights"),

@@ -18,10 +18,11 @@ PROBLEMS = [
     Problem("p/1", ({"role": "user", "content": "2+2?"},), "4", {"level": 2, "answer": "old"}),
 ]
 TEXTS = ["two", "4"]
+IDS = [[7, 8, 0], [9]]
 
 
 def run(function, texts=TEXTS, problems=PROBLEMS):
-    return score([Reward("mine", 1.0, function)], texts, problems)
+    return score([Reward("mine", 1.0, function)], texts, problems, IDS[: len(texts)])
 
 
 def test_functions_receive_the_columns_that_all_problems_have():
@@ -37,33 +38,41 @@ def test_functions_receive_the_columns_that_all_problems_have():
         "answer": ["2", "4"],
         "prompts": [[{"role": "user", "content": q}] for q in ("1+1?", "2+2?")],
         "problems": PROBLEMS,
+        "completion_ids": IDS,
         "level": [1, 2],
     }
 
 
 def test_columns_cannot_take_the_place_of_our_own_fields():
-    fields = {"completions": "x", "prompts": "y", "problems": "z"}
+    fields = {"completions": "x", "prompts": "y", "problems": "z", "completion_ids": "w"}
     problem = Problem("p", ({"role": "user", "content": "q"},), "2", fields)
 
-    def spy(completions, prompts, problems, **_):
+    def spy(completions, prompts, problems, completion_ids, **_):
         return [
-            completions == ["text"] and prompts[0][0]["content"] == "q" and problems == [problem]
+            completions == ["text"]
+            and prompts[0][0]["content"] == "q"
+            and problems == [problem]
+            and completion_ids == IDS[:1]
         ]
 
     assert run(spy, ["text"], [problem]).total == [1.0]
 
 
 def test_a_function_cannot_change_what_the_next_one_sees():
-    def vandal(completions, answer, prompts, **_):
+    def vandal(completions, answer, prompts, completion_ids, **_):
         completions.clear()
+        completion_ids[0].clear()
         answer.reverse()
         prompts[0][0]["content"] = "gone"
         return [0.0, 0.0]
 
-    def honest(completions, answer, prompts, **_):
-        return [completions == TEXTS and answer == ["2", "4"], prompts[0][0]["content"] == "1+1?"]
+    def honest(completions, answer, prompts, completion_ids, **_):
+        return [
+            completions == TEXTS and answer == ["2", "4"] and completion_ids == IDS,
+            prompts[0][0]["content"] == "1+1?",
+        ]
 
-    scores = score([Reward("v", 1, vandal), Reward("h", 1, honest)], TEXTS, PROBLEMS)
+    scores = score([Reward("v", 1, vandal), Reward("h", 1, honest)], TEXTS, PROBLEMS, IDS)
     assert scores.by_name["h"] == [1.0, 1.0]
     assert PROBLEMS[0].messages[0]["content"] == "1+1?"
 
@@ -78,7 +87,7 @@ def test_the_total_is_the_weighted_sum(rows):
         Reward(f"r{i}", weight, lambda completions, values=(a, b), **_: list(values))
         for i, (weight, a, b) in enumerate(rows)
     ]
-    scores = score(rewards, TEXTS, PROBLEMS)
+    scores = score(rewards, TEXTS, PROBLEMS, IDS)
     for column in (0, 1):
         expected = sum(w * values[column] for w, *values in rows)
         assert scores.total[column] == pytest.approx(expected, abs=1e-9)
@@ -202,6 +211,6 @@ def test_long_completions_are_cut_in_messages():
 
 
 def test_nothing_to_score_and_lists_that_do_not_fit():
-    assert score([Reward("r", 1.0, lambda **_: [])], [], []).total == []
+    assert score([Reward("r", 1.0, lambda **_: [])], [], [], []).total == []
     with pytest.raises(ValueError, match="1 completions for 2 problems"):
         run(lambda **_: [], ["one"])

@@ -81,9 +81,10 @@ def _reward(config: Config, task: Task):
     """The product's rewards as one function of TRL's kind."""
     rewards = load_rewards(config.rewards.functions, config.rewards.weights, task)
 
-    def reward(completions, place, **_) -> list[float]:
+    def reward(completions, completion_ids, place, **_) -> list[float]:
         texts = [messages[0]["content"] for messages in completions]
-        return score(rewards, texts, [task.train_problem(i) for i in place]).total
+        problems = [task.train_problem(i) for i in place]
+        return score(rewards, texts, problems, completion_ids).total
 
     return reward
 
