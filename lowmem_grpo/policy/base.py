@@ -68,7 +68,8 @@ class Policy:
         """`model`: a PeftModel over a transformers causal LM whose attention is `ATTENTION`.
 
         What may be set later: `cache_bits` of the sampler's keys and values, 16 or 8;
-        `head_kernels`, which make the passes over the head's tiles, None for torch.
+        `head_kernels`, which make the passes over the head's tiles, None for torch;
+        `sampling_layers`, None for sampling through the model's modules.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -80,7 +81,7 @@ class Policy:
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
         self._sampling = False
-        self._sampling_layers = None
+        self.sampling_layers = None
         self.causal_lm = model.get_base_model()
         self._layers = checkpointed_layers(self.causal_lm)
         self._mlps = tile_mlps(self.causal_lm)
@@ -124,7 +125,7 @@ class Policy:
         """Let layers that are given the same tensor sample together; `forward()` shows which."""
         layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
         self._shared = find(layers, forward)
-        self._sampling_layers = sampling_layers(self.causal_lm, self._shared)
+        self.sampling_layers = sampling_layers(self.causal_lm, self._shared)
 
     def tensors_beside(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept on the device beside the model, by name: the sampler's, a head in 8 bits."""
@@ -185,8 +186,8 @@ class Policy:
         policy's device.
         """
         embedded, keeping = self.trunk.get_input_embeddings()(input_ids_T[None]), None
-        if self._sampling and self._sampling_layers and few(embedded):
-            return trunk(self.causal_lm, self._sampling_layers, embedded[0], positions_T, layout)
+        if self._sampling and self.sampling_layers and few(embedded):
+            return trunk(self.causal_lm, self.sampling_layers, embedded[0], positions_T, layout)
         if self._offloading:
             embedded = held_by_autograd(embedded)
             keeping = kept_on_host(self.buffers, self._overlapping, self._layers)

@@ -43,14 +43,14 @@ def opened(directory, dtype=torch.float32):
 
 def by_both_ways(policy, run):
     """What `run()` finds by the sampler's own layers, and by the model's modules."""
-    layers = policy._sampling_layers
+    layers = policy.sampling_layers
     assert len(layers) == policy.causal_lm.config.num_hidden_layers
     found = run()
-    policy._sampling_layers = None
+    policy.sampling_layers = None
     try:
         return found, run()
     finally:
-        policy._sampling_layers = layers
+        policy.sampling_layers = layers
 
 
 def drawn(policy):
@@ -115,17 +115,17 @@ def test_other_models_and_adapters_sample_through_their_modules(
         tile_vocab=19,
     )
     move_adapters(policy, 0.1)
-    assert policy._sampling_layers is None
+    assert policy.sampling_layers is None
     assert drawn(policy)
 
 
 def test_many_rows_take_the_modules_way(tmp_path, monkeypatch):
     policy = opened(make_tiny_model(tmp_path / "tiny"))
     calls = []
-    for layer in policy._sampling_layers:
+    for layer in policy.sampling_layers:
         layer.register_forward_hook(lambda *_: calls.append(1))
     drawn(policy)
-    per_token, rows = len(policy._sampling_layers), 6
+    per_token, rows = len(policy.sampling_layers), 6
     assert calls
     monkeypatch.setattr(shared_input, "MOST_ROWS", rows)  # decodes; prompts are 4 and 11 tokens
     decoded = len(calls)
