@@ -112,41 +112,42 @@ def train(
     (
         setting("--task", "task.name", help="Another task than the run's."),
         setting("--num-problems", "eval.num_problems", int, help="Held-out problems."),
+        setting("--num-generations", "eval.num_generations", int, help="Completions of each."),
+        setting("--temperature", "eval.temperature", float, help="0: the likeliest tokens."),
         setting("--max-completion-length", "eval.max_completion_length", int, help="In tokens."),
     )
 )
+@click.option("--base", is_flag=True, help="The base as well, on the same problems.")
 @click.option("--show", type=int, default=0, help="Print that many completions.")
 @JSON
 @QUIET
-def evaluate(target, profile, assignments, show, as_json, quiet, **flags) -> None:
-    """Greedy pass@1 on held-out problems, strict and lenient."""
+def evaluate(target, profile, assignments, base, show, as_json, quiet, **flags) -> None:
+    """pass@1 on held-out problems, strict and lenient; of several completions pass@k and maj@k."""
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.card import machine_card
     from lowmem_grpo.memory.plan import Planner
     from lowmem_grpo.memory.settle import settle_evaluation
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.evaluate import evaluate as run_evaluation
-    from lowmem_grpo.setup import open_policy, open_task
+    from lowmem_grpo.setup import evaluation_settings, open_policy, open_task
 
     console = Console(quiet=quiet or as_json)
     config, adapter = read_target(target, profile, assignments, flags, console.say)
     config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     task = open_task(config)
     policy = open_policy(config, console.say, adapter=adapter)
+    settings = evaluation_settings(config)
+    before = None
     with console.progress("evaluation", None) as advance:
-        found = run_evaluation(
-            policy,
-            task,
-            num_problems=config.eval.num_problems,
-            max_prompt_length=config.rollout.max_prompt_length,
-            max_completion_length=config.eval.max_completion_length
-            or config.rollout.max_completion_length,
-            batch_size=config.eval.batch_size,
-            advance=advance,
-        )
+        if base:
+            before = run_evaluation(policy, task, **settings, adapters=False, advance=advance)
+        found = run_evaluation(policy, task, **settings, advance=advance)
     if as_json:
-        print_json({"target": target, "task": task.name, **found.summary()})
+        extra = {} if before is None else {"base": before.summary()}
+        print_json({"target": target, "task": task.name, **found.summary(), **extra})
         return
+    if before is not None:
+        click.echo(f"its base on {task.name}: {before.line()}")
     click.echo(f"{target} on {task.name}: {found.line()}")
     for problem, text, strict, lenient in found.completions[:show]:
         verdict = "strict" if strict else "lenient" if lenient else "wrong"
@@ -182,9 +183,8 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
     from lowmem_grpo.memory.plan import Planner
     from lowmem_grpo.memory.settle import settle_sampling
     from lowmem_grpo.rollout.groups import sample_groups
-    from lowmem_grpo.rollout.sampling import Sampling
     from lowmem_grpo.run.console import Console
-    from lowmem_grpo.setup import open_policy, open_task
+    from lowmem_grpo.setup import open_policy, open_task, sampling_of
     from lowmem_grpo.tasks.base import Problem, chat
 
     console = Console(quiet=quiet)
@@ -197,13 +197,12 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
     config = settle_sampling(planner, config, count)
     policy = open_policy(config, console.say, adapter=adapter)
     r = config.rollout
-    sampling = Sampling(**{k: getattr(r, k) for k in Sampling.__dataclass_fields__})
     with console.progress("sampling", count * r.max_completion_length) as advance:
         (group,) = sample_groups(
             policy,
             [problem],
             num_generations=count,
-            sampling=sampling,
+            sampling=sampling_of(config, "rollout"),
             seed=config.run.seed,
             step=0,
             max_prompt_length=r.max_prompt_length,

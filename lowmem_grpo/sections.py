@@ -259,8 +259,27 @@ class EvalConfig(Section):
     """Evaluate every so many steps during training; 0: never."""
     max_completion_length: Positive | None = None
     """Longest completion of an evaluation; rollout.max_completion_length when left out."""
+    num_generations: Positive = 1
+    """Completions of each problem, for pass@k; above 1 with a temperature above 0."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 takes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Drop tokens below that fraction of the likeliest."""
     batch_size: Positive | Auto = "auto"
     """Completions decoded at once; auto leaves it to the memory plan."""
+
+    @model_validator(mode="after")
+    def _not_the_same_again(self) -> EvalConfig:
+        if self.num_generations > 1 and self.temperature == 0:
+            raise ValueError(
+                f"eval.num_generations = {self.num_generations} greedy completions of a problem "
+                "are all the same: use eval.temperature = 1, or one"
+            )
+        return self
 
 
 class RunConfig(Section):

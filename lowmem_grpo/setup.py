@@ -19,6 +19,7 @@ from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
 from lowmem_grpo.rewards.base import Reward, Scores
 from lowmem_grpo.rollout.groups import prompt_ids
+from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
@@ -28,10 +29,12 @@ __all__ = [
     "advantages",
     "check_prompts",
     "choose",
+    "evaluation_settings",
     "open_optimizer",
     "open_policy",
     "open_task",
     "pack_groups",
+    "sampling_of",
     "update_settings",
 ]
 
@@ -51,8 +54,6 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
 
     `say` is told what was chosen and why.
     """
-    import torch
-
     head_dim = getattr(read_model_config(config.model.name), "head_dim", None)
     machine, choices = choose(config, head_dim)
     say(f"device {machine.device}: {machine.name}")
@@ -128,6 +129,33 @@ def open_task(config: Config) -> Task:
         eval_path=task.eval_path,
     )
     return load_task(task.name, seed=task.seed, options=options)
+
+
+def sampling_of(config: Config, phase: str) -> Sampling:
+    """How completions are drawn, in the "rollout" or in an "evaluation"."""
+    r, e = config.rollout, config.eval
+    if phase == "rollout":
+        return Sampling(**{field.name: getattr(r, field.name) for field in fields(Sampling)})
+    return Sampling(
+        temperature=e.temperature,
+        top_p=e.top_p,
+        top_k=e.top_k,
+        min_p=e.min_p,
+        max_completion_length=e.max_completion_length or r.max_completion_length,
+    )
+
+
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """What `run.evaluate.evaluate` takes of the configuration."""
+    e = config.eval
+    return {
+        "num_problems": e.num_problems,
+        "num_generations": e.num_generations,
+        "sampling": sampling_of(config, "evaluation"),
+        "seed": config.run.seed,
+        "max_prompt_length": config.rollout.max_prompt_length,
+        "batch_size": e.batch_size,
+    }
 
 
 def check_prompts(task: Task, config: Config) -> None:

@@ -28,7 +28,6 @@ from lowmem_grpo.memory.watch import Watch
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.rewards import Reward, load_rewards, score
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
-from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import (
     State,
@@ -46,10 +45,12 @@ from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import (
     advantages,
     check_prompts,
+    evaluation_settings,
     open_optimizer,
     open_policy,
     open_task,
     pack_groups,
+    sampling_of,
     update_settings,
 )
 from lowmem_grpo.tasks import Task
@@ -243,11 +244,7 @@ def _roll_out(policy, task: Task, config: Config, batch: int, console: Console) 
             policy,
             problems,
             num_generations=r.num_generations,
-            sampling=Sampling(
-                temperature=r.temperature,
-                min_completion_length=r.min_completion_length,
-                max_completion_length=r.max_completion_length,
-            ),
+            sampling=sampling_of(config, "rollout"),
             seed=config.run.seed,
             step=batch,
             max_prompt_length=r.max_prompt_length,
@@ -274,17 +271,8 @@ def _judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
 def _evaluate(
     policy, task, config: Config, step: int, metrics: MetricsWriter, console: Console
 ) -> None:
-    e = config.eval
     with console.progress("evaluation", None) as advance:
-        found = evaluate(
-            policy,
-            task,
-            num_problems=e.num_problems,
-            max_prompt_length=config.rollout.max_prompt_length,
-            max_completion_length=e.max_completion_length or config.rollout.max_completion_length,
-            batch_size=e.batch_size,
-            advance=advance,
-        )
+        found = evaluate(policy, task, **evaluation_settings(config), advance=advance)
     policy.release()
     metrics.write_evaluation(step, found.summary())
     console.say(f"held out after step {step}: {found.line()}")

@@ -79,6 +79,24 @@ def test_eval_of_a_run_and_of_a_model(run, tiny_model_dir):
     assert "expected" in result.stdout
 
 
+def test_eval_of_several_completions_beside_the_base(run):
+    arguments = [
+        "eval", run, "--json", "--num-problems", "3", "--num-generations", "4", "--base",
+        "--set", "eval.temperature=1", "--set", "eval.top_p=0.9",
+    ]  # fmt: skip
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["num_generations"] == found["base"]["num_generations"] == 4
+    assert {"strict_pass_at_2", "lenient_pass_at_4", "strict_maj_at_4"} <= set(found["base"])
+    assert json.loads(call(*arguments).stdout) == found
+    shown = call("eval", run, "-q", "--base", "--num-problems", "3").stdout.splitlines()
+    assert [line.partition(" on ")[0] for line in shown] == ["its base", str(run)]
+    refused = call("eval", run, "--num-generations", "4")
+    assert refused.exit_code == 2
+    assert "use eval.temperature = 1" in refused.stderr
+
+
 def test_sample(run, tiny_model_dir):
     arguments = ["sample", run, "2 + 2 =", "-n", "3", "-q", "--max-completion-length", "4"]
     first, again = call(*arguments), call(*arguments)

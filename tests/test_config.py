@@ -93,6 +93,7 @@ def test_malformed_assignments(text):
             "leave out grpo.scale_rewards",
         ),
         ({"rollout": {"num_generations": 1}}, "greater than or equal to 2"),
+        ({"eval": {"num_generations": 4}}, "are all the same: use eval.temperature = 1"),
         ({"rollout": {"num_generations": "many"}}, "rollout.num_generations = 'many'"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature = 0"),
         (

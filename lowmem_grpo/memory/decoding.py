@@ -8,6 +8,7 @@ they end: the cache is made at the first token.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
@@ -18,17 +19,14 @@ from lowmem_grpo.rollout.sampling import Sampling, choose
 __all__ = ["decode"]
 
 
-def decode(policy, wave: Wave, r, recorder, places: int | None = None) -> None:
-    """The sampler's loop for a wave, with some of its tokens; see rollout/sampler.py. `r`: the
-    configuration's rollout section. `places`: how many tokens on the way are decoded; None: each at
-    which sizes change. `recorder` is what records it.
+def decode(policy, wave: Wave, sampling: Sampling, recorder, places: int | None = None) -> None:
+    """The sampler's loop for a wave, with some of its tokens; see rollout/sampler.py. `places`: how
+    many tokens on the way are decoded; None: each at which sizes change. `recorder` is what records
+    it.
     """
     device, rows, lengths = policy.device, len(wave.prompts) * wave.rows, list(wave.prompts)
-    sampling = Sampling(
-        temperature=0.0 if wave.greedy else r.temperature,
-        min_completion_length=0 if wave.greedy else min(r.min_completion_length, wave.capacity),
-        max_completion_length=wave.capacity,
-    )
+    least = min(sampling.min_completion_length, wave.capacity)
+    sampling = replace(sampling, min_completion_length=least, max_completion_length=wave.capacity)
     last = max(wave.tokens - 1, 1)
     with policy.as_sampler():
         counts, capacity = [wave.rows] * len(lengths), max(wave.capacity - 1, 1)

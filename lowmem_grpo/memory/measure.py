@@ -29,7 +29,7 @@ from lowmem_grpo.memory.trace import Recorder, named_tensors
 from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling
-from lowmem_grpo.setup import update_settings
+from lowmem_grpo.setup import sampling_of, update_settings
 
 __all__ = ["Gauge", "Measured", "alive", "measure"]
 
@@ -161,22 +161,20 @@ def measure(
     """
     for _ in range(steps):
         with gauge.phase("rollout"):
-            _decode(policy, shapes.rollout, config, advance)
+            _decode(policy, shapes.rollout, sampling_of(config, "rollout"), advance)
         policy.release()
         _update(policy, config, shapes.batches, gauge, optimizer, advance)
         policy.release()
         if shapes.evaluation is not None:
             with gauge.phase("evaluation"):
-                _decode(policy, shapes.evaluation, config, advance)
+                _decode(policy, shapes.evaluation, sampling_of(config, "evaluation"), advance)
             policy.release()
 
 
-def _decode(policy, wave: Wave, config: Config, advance) -> None:
+def _decode(policy, wave: Wave, sampling: Sampling, advance) -> None:
     """All tokens of a wave, none of which may end before."""
-    sampling = Sampling(
-        temperature=0.0 if wave.greedy else config.rollout.temperature,
-        min_completion_length=wave.tokens,
-        max_completion_length=wave.capacity,
+    sampling = dataclasses.replace(
+        sampling, min_completion_length=wave.tokens, max_completion_length=wave.capacity
     )
     random = np.random.default_rng(0)
     vocab = policy.head_weight_VD.shape[0]

@@ -51,7 +51,7 @@ from lowmem_grpo.policy.base import Policy
 from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
 from lowmem_grpo.policy.tiles import few_tiles
-from lowmem_grpo.setup import adapter_settings, open_optimizer, update_settings
+from lowmem_grpo.setup import adapter_settings, open_optimizer, sampling_of, update_settings
 
 __all__ = ["PHASES", "Alone", "Phases", "Traced"]
 
@@ -244,7 +244,7 @@ class Phases:
         self._policy.set_mlp_tile(mlp_tile)
         self._policy.cache_bits = cache_bits
         with _refused(self._policy), self._recorder() as recorder, recorder.phase(name):
-            decode(self._policy, wave, self._config.rollout, recorder, places)
+            decode(self._policy, wave, sampling_of(self._config, name), recorder, places)
         return Part(self._deep(recorder), recorder.workspaces)
 
     def _score(

@@ -29,7 +29,7 @@ from lowmem_grpo.config import Config
 from lowmem_grpo.memory.allocator import AllocatorSettings
 from lowmem_grpo.memory.phases import Alone
 from lowmem_grpo.memory.plan import MemoryPlan, Planner, value_of
-from lowmem_grpo.memory.shapes import evaluation, fullest, wave
+from lowmem_grpo.memory.shapes import evaluated, evaluation, fullest, wave
 from lowmem_grpo.memory.simulate import add_up, simulate
 
 __all__ = ["AUTO", "Search", "settle", "settle_evaluation", "settle_sampling"]
@@ -251,11 +251,11 @@ class Search:
         """Of `eval.batch_size`; returns the reason."""
         values = self._evaluation_sizes()
         if not self._grow("eval.batch_size", values, self.evaluation_share):
-            return "not even one problem at a time fits"
-        return "the most problems at once that fit, 64 at most"
+            return "not even one completion at a time fits"
+        return "the most completions at once that fit, 64 at most"
 
     def _evaluation_sizes(self) -> list[int]:
-        most = min(EVALUATED, self.config.eval.num_problems)
+        most = min(EVALUATED, evaluated(self.config))
         return sorted({most, *(1 << i for i in range(7) if 1 << i < most)})
 
     def choose_update(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ __all__ = [
     "Shapes",
     "Wave",
     "completions",
+    "evaluated",
     "evaluation",
     "fullest",
     "groups_of",
@@ -41,7 +42,6 @@ class Wave(NamedTuple):
     tokens: int
     capacity: int
     """Tokens of a completion that there is room for."""
-    greedy: bool = False
 
 
 class Shapes(NamedTuple):
@@ -54,8 +54,8 @@ class Shapes(NamedTuple):
 
 def longest(config: Config, padded: bool = False) -> Shapes:
     """The largest step that a run's settings allow; `padded`: see `fullest`."""
-    evaluated = evaluation(config) if config.eval.every else None
-    return Shapes(wave(config), fullest(config, padded), evaluated)
+    held_out = evaluation(config) if config.eval.every else None
+    return Shapes(wave(config), fullest(config, padded), held_out)
 
 
 def met(groups: list[Group], batches: list[PackedBatch], config: Config) -> Shapes:
@@ -81,12 +81,18 @@ def wave(config: Config) -> Wave:
     return Wave((r.max_prompt_length,) * problems, rows, length, length)
 
 
+def evaluated(config: Config) -> int:
+    """The completions of an evaluation."""
+    return config.eval.num_problems * config.eval.num_generations
+
+
 def evaluation(config: Config) -> Wave:
-    """The largest wave of an evaluation: every row has a problem of its own."""
+    """The largest wave of an evaluation."""
     e, r = config.eval, config.rollout
     length = e.max_completion_length or r.max_completion_length
-    rows = min(e.num_problems, e.batch_size)
-    return Wave((r.max_prompt_length,) * rows, 1, length, length, greedy=True)
+    rows = min(e.num_generations, e.batch_size)
+    problems = min(e.num_problems, e.batch_size // rows)
+    return Wave((r.max_prompt_length,) * problems, rows, length, length)
 
 
 def fullest(config: Config, padded: bool = False) -> tuple[Batch, ...]:

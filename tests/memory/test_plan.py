@@ -32,6 +32,7 @@ from lowmem_grpo.policy.skeleton import read_model_config, skeleton_policy, with
 from lowmem_grpo.profiles import load_profile
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling
+from lowmem_grpo.setup import sampling_of
 from tests.runs import call
 from tests.tiny import SHAPE
 
@@ -175,7 +176,9 @@ def test_the_restated_loop_allocates_what_the_sampler_does(model):
             sample(policy, requests, sampling, end_ids=(0,), batch_size=8)
 
     ours, peak = recorded(
-        lambda policy, recorder: decode(policy, Wave((64, 64), 4, 3, 3), config.rollout, recorder)
+        lambda policy, recorder: decode(
+            policy, Wave((64, 64), 4, 3, 3), sampling_of(config, "rollout"), recorder
+        )
     )
     theirs, real_peak = recorded(real)
     assert ours == theirs

@@ -1,8 +1,14 @@
-"""Evaluation: intervals, and greedy judgement of held-out problems."""
+"""Evaluation: intervals, pass@k, majorities, and whose completions are judged."""
+
+from itertools import combinations
 
 import pytest
+import torch
 
-from lowmem_grpo.run.evaluate import Evaluation, wilson_interval
+from lowmem_grpo.rollout.sampling import Sampling
+from lowmem_grpo.run.evaluate import Evaluation, evaluate, pass_at, wilson_interval
+from lowmem_grpo.tasks import load_task
+from tests.grpo.policies import open_policy
 
 
 def test_wilson_interval_by_hand():
@@ -26,6 +32,51 @@ def test_the_published_widths():
         assert (high - low) / 2 == pytest.approx(half, abs=1e-3)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_one(count):
+    for correct in range(count + 1):
+        right = [True] * correct + [False] * (count - correct)
+        for k in range(1, count + 1):
+            draws = list(combinations(right, k))
+            expected = sum(any(draw) for draw in draws) / len(draws)
+            assert pass_at(k, count, correct) == pytest.approx(expected)
+
+
+def several():
+    """Three problems, four completions each: (text, strict, lenient)."""
+    rows = [
+        ["5", "it is 5", "4", "5."],  # two strict, three lenient, which are the majority
+        ["7", "8", "8", "8"],  # one right, outvoted
+        ["no idea", "none", "9", "no idea"],  # wrong, and the majority is text
+    ]
+    right = {"5": (True, True), "5.": (True, True), "it is 5": (False, True), "7": (True, True)}
+    return [(None, text, *right.get(text, (False, False))) for row in rows for text in row]
+
+
+def test_several_completions_give_pass_at_k_and_a_majority():
+    judged = several()
+    found = Evaluation(
+        problems=3, strict=3, lenient=4, truncated=6, completions=judged, num_generations=4
+    )
+    summary = found.summary()
+    assert summary["strict_accuracy"] == 0.25
+    assert summary["lenient_accuracy"] == pytest.approx(1 / 3)
+    assert summary["truncated_fraction"] == 0.5
+    assert summary["strict_pass_at_2"] == pytest.approx((5 / 6 + 1 / 2) / 3)
+    assert summary["lenient_pass_at_2"] == pytest.approx((1 + 1 / 2) / 3)
+    assert summary["strict_pass_at_4"] == pytest.approx(2 / 3)
+    assert summary["strict_maj_at_4"] == summary["lenient_maj_at_4"] == pytest.approx(1 / 3)
+    assert summary["strict_interval"] == list(wilson_interval(0.75, 3))
+    assert "strict 25.0% (3/12" in found.line()
+    assert "pass@2 44.4% pass@4 66.7% maj@4 33.3%" in found.line()
+
+
+def test_a_majority_is_judged_by_the_first_completion_that_gives_it():
+    judged = [(None, "the answer is 5", False, True), (None, "5", True, True)]
+    found = Evaluation(1, 1, 2, 0, judged, num_generations=2)
+    assert (found.summary()["strict_maj_at_2"], found.summary()["lenient_maj_at_2"]) == (0.0, 1.0)
+
+
 def test_summary_and_line_agree():
     found = Evaluation(problems=4, strict=1, lenient=3, truncated=2, completions=[])
     summary = found.summary()
@@ -34,3 +85,24 @@ def test_summary_and_line_agree():
     assert summary["truncated_fraction"] == 0.5
     assert "strict 25.0% (1/4" in found.line()
     assert "lenient 75.0% (3/4" in found.line()
+
+
+def test_the_base_is_evaluated_without_the_adapters(tiny_model_dir):
+    policy = open_policy(tiny_model_dir)
+
+    def texts(adapters, **sampling):
+        found = evaluate(
+            policy, load_task("arithmetic", seed=0), num_problems=4, num_generations=3, seed=1,
+            sampling=Sampling(max_completion_length=6, **sampling), max_prompt_length=100,
+            batch_size=5, adapters=adapters,
+        )  # fmt: skip
+        return [text for _, text, _, _ in found.completions]
+
+    drawn, base = texts(True), texts(False)
+    assert len(drawn) == len(set(drawn)) == 12
+    assert drawn == texts(True) != base
+    with torch.no_grad():
+        for name, parameter in policy.adapter_parameters().items():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert texts(True) == texts(False) == base
