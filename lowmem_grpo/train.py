@@ -29,6 +29,7 @@ from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.rewards import Reward, load_rewards, score
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
+from lowmem_grpo.run.alarms import Alarms
 from lowmem_grpo.run.checkpoint import (
     State,
     check_same_mathematics,
@@ -40,7 +41,7 @@ from lowmem_grpo.run.checkpoint import (
 from lowmem_grpo.run.console import Console
 from lowmem_grpo.run.directory import RunDirectory, check_directory, write_atomic
 from lowmem_grpo.run.evaluate import evaluate
-from lowmem_grpo.run.metrics import MetricsWriter, alarms, step_record
+from lowmem_grpo.run.metrics import MetricsWriter, step_record
 from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import (
     advantages,
@@ -108,6 +109,7 @@ def train(
         watch.keep()
         for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
             run.rewind(name, state.step)
+        alarms = Alarms(run.lines("metrics.jsonl"))
 
         def save() -> Path:
             state.scaler = scaler.state_dict() if scaler is not None else {}
@@ -202,10 +204,11 @@ def train(
                     if state.iteration == config.grpo.num_iterations:
                         state.groups = None
 
+                    raised = alarms.step(record)
                     metrics.write(record)
                     console.step(record, config.run.steps)
                     watch.step(state.step, meter.memory, shapes)
-                    for alarm in alarms(record):
+                    for alarm in raised:
                         console.warn(alarm)
 
                     # EVAL, SAVE: last, so that a checkpoint never lacks its own step's lines

@@ -60,6 +60,11 @@ class RunDirectory:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a line file; none where there is no file."""
+        path = self.path / name
+        return list(read_lines(path)) if path.is_file() else []
+
     def rewind(self, name: str, step: int) -> None:
         """Drop the lines of a line file that belong to steps after `step`, and a line that was cut
         off.

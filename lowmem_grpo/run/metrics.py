@@ -10,11 +10,7 @@ from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.directory import RunDirectory
 from lowmem_grpo.run.meter import Meter
 
-__all__ = ["MetricsWriter", "alarms", "step_record"]
-
-# k3 of sampler against trainer. Rounding gives about 1e-9 in float32 and 2e-3 in bfloat16; a wrong
-# mask or a missing adapter gives more than this.
-SAMPLER_KL_ALARM = 0.05
+__all__ = ["MetricsWriter", "step_record"]
 
 
 def step_record(
@@ -34,8 +30,9 @@ def step_record(
     Means over tokens are over the tokens that took part in the update. `sampler_kl` is taken in the
     first iteration on a batch, before the update; later the policy has moved, and it is None. None
     also stands for what was not computed: `kl` without a reference, token means when no rollout
-    took part. `seconds["save"]` is of the checkpoint after the step before: a record is written
-    ahead of its own.
+    took part. `constant_rewards`: functions that gave every completion one value.
+    `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
+    own.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards]
@@ -51,6 +48,11 @@ def step_record(
             name: fmean(value for group in groups for value in group.rewards_by_name[name])
             for name in groups[0].rewards_by_name
         },
+        "constant_rewards": [
+            name
+            for name in groups[0].rewards_by_name
+            if len({value for group in groups for value in group.rewards_by_name[name]}) == 1
+        ],
         "frac_reward_zero_std": flat / len(groups),
         "loss": stats.loss,
         "kl": stats.mean("kl"),
@@ -71,20 +73,6 @@ def step_record(
         "seconds": {name: round(value, 4) for name, value in meter.seconds.items()},
         "memory": meter.memory,
     }
-
-
-def alarms(record: dict[str, Any]) -> list[str]:
-    """What should be said aloud, since it would only be a flat curve in the morning."""
-    found = []
-    if (record["sampler_kl"] or 0.0) > SAMPLER_KL_ALARM:
-        found.append(
-            f"step {record['step']}: sampler and trainer disagree (sampler_kl "
-            f"{record['sampler_kl']:.3f}): ratios are not those of the policy that sampled"
-        )
-    applied = record["grad_norm"] is not None and record["tokens_trained"]
-    if applied and record["adapter_change"] == 0.0:
-        found.append(f"step {record['step']}: the adapters did not change")
-    return found
 
 
 class MetricsWriter:

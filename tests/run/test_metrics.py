@@ -10,7 +10,7 @@ from lowmem_grpo.grpo.update import UpdateStats
 from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.run.console import step_line
 from lowmem_grpo.run.meter import Meter
-from lowmem_grpo.run.metrics import alarms, step_record
+from lowmem_grpo.run.metrics import step_record
 from lowmem_grpo.tasks.base import Problem
 
 
@@ -66,16 +66,14 @@ def test_a_step_without_trained_tokens_has_a_line():
     assert "reward 0.750" in step_line(record(stats=UpdateStats()), 10)
 
 
-def test_alarms():
-    assert alarms(record()) == [
-        "step 1: sampler and trainer disagree (sampler_kl 0.100): "
-        "ratios are not those of the policy that sampled"
+def test_rewards_that_tell_nothing_apart_are_named():
+    assert record()["constant_rewards"] == []
+    rollouts = [Rollout([1], [-1.0], "stop", "")] * 2
+    groups = [
+        Group(Problem("a", (), "1"), [1], rollouts, [1.0, 0.0], [0.7, -0.7], by_name)
+        for by_name in (
+            {"number": [1.0, 0.0], "format": [0.5, 0.5]},
+            {"number": [0.0, 0.0], "format": [0.5, 0.5]},
+        )
     ]
-    quiet = UpdateStats(tokens_scored=6, sums={"sampler_kl": 0.01})
-    assert alarms(record(stats=quiet)) == []
-    assert alarms(record(stats=quiet, adapter_change=0.0)) == [
-        "step 1: the adapters did not change"
-    ]
-    # A step that was left out, or had nothing to train on, changes nothing and says so elsewhere.
-    assert alarms(record(stats=quiet, adapter_change=0.0, grad_norm=math.inf)) == []
-    assert alarms(record(stats=UpdateStats(), adapter_change=0.0)) == []
+    assert record(groups=groups)["constant_rewards"] == ["format"]
