@@ -28,6 +28,8 @@ from lowmem_grpo.cli_options import (
 
 __all__ = ["main"]
 
+COMPARED = 8  # prompts on which a merged model is compared with its policy
+
 
 class _Group(click.Group):
     """Turns errors that are meant for a person into one message and an exit code."""
@@ -218,13 +220,42 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--format", "kind", type=click.Choice(["adapter"]), default="adapter", show_default=True
+    "--format",
+    "kind",
+    type=click.Choice(["adapter", "merged"]),
+    default="adapter",
+    show_default=True,
 )
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="A new or empty directory."
 )
-def export(run: str, kind: str, output: Path) -> None:
-    """Take a trained adapter out of a run, in PEFT's format."""
-    from lowmem_grpo.run.export import export_adapter
+@QUIET
+def export(run: str, kind: str, output: Path, quiet: bool) -> None:
+    """Take a trained adapter out of a run, in PEFT's format or merged into a 16-bit model."""
+    from lowmem_grpo.run.card import model_card
+    from lowmem_grpo.run.export import adapter_directory, check_output, export_adapter
 
-    click.echo(f"{output}: {kind} from {export_adapter(Path(run), output)}")
+    source = Path(run)
+    adapter = adapter_directory(source)
+    config = read_config(str(source / "config.toml"), None, (), {})
+    if kind == "adapter":
+        click.echo(f"{output}: adapter from {export_adapter(source, output)}")
+        (output / "README.md").write_text(model_card(source, config, "LoRA adapter"))
+        return
+    from lowmem_grpo.rollout.groups import prompt_ids
+    from lowmem_grpo.run.console import Console
+    from lowmem_grpo.run.merge import compare, merge
+    from lowmem_grpo.setup import open_policy, open_task
+
+    check_output(output)
+    # The head as it is in the files, and the embedding where it can be written from.
+    whole = config.settled({"model.lm_head_bits": 16, "memory.embedding_on_host": False}, "export")
+    policy = open_policy(whole, Console(quiet=quiet).say, adapter=adapter)
+    dtype = merge(policy, output)
+    (output / "README.md").write_text(model_card(source, config, "merged 16-bit model"))
+    click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")
+    prompts = [
+        prompt_ids(policy.tokenizer, problem, config.rollout.max_prompt_length)
+        for problem in open_task(config).eval_problems(COMPARED)
+    ]
+    click.echo(compare(policy, output, dtype, prompts).line())

@@ -6,7 +6,7 @@ from pathlib import Path
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.run.checkpoint import latest
 
-__all__ = ["adapter_directory", "export_adapter"]
+__all__ = ["adapter_directory", "check_output", "export_adapter"]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -26,13 +26,18 @@ def adapter_directory(run_path: Path) -> Path:
     return checkpoint
 
 
+def check_output(output: Path) -> None:
+    """Raises ConfigError unless there is nothing at `output`, or an empty directory."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} exists and is not an empty directory")
+
+
 def export_adapter(run_path: Path, output: Path) -> Path:
     """Copy the run's adapter to `output`, which must not exist or be empty. Returns where it came
     from.
     """
     source = adapter_directory(run_path)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} exists and is not an empty directory")
+    check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         shutil.copyfile(source / name, output / name)
