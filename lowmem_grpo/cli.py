@@ -238,9 +238,11 @@ def export(run: str, kind: str, output: Path, quiet: bool) -> None:
     source = Path(run)
     adapter = adapter_directory(source)
     config = read_config(str(source / "config.toml"), None, (), {})
+    # A checkpoint is older than the newest lines of a run that was killed.
+    step = None if adapter.name == "adapter" else int(adapter.name.removeprefix("step-"))
     if kind == "adapter":
         click.echo(f"{output}: adapter from {export_adapter(source, output)}")
-        (output / "README.md").write_text(model_card(source, config, "LoRA adapter"))
+        (output / "README.md").write_text(model_card(source, config, "LoRA adapter", step))
         return
     from lowmem_grpo.rollout.groups import prompt_ids
     from lowmem_grpo.run.console import Console
@@ -252,10 +254,12 @@ def export(run: str, kind: str, output: Path, quiet: bool) -> None:
     whole = config.settled({"model.lm_head_bits": 16, "memory.embedding_on_host": False}, "export")
     policy = open_policy(whole, Console(quiet=quiet).say, adapter=adapter)
     dtype = merge(policy, output)
-    (output / "README.md").write_text(model_card(source, config, "merged 16-bit model"))
+    (output / "README.md").write_text(model_card(source, config, "merged 16-bit model", step))
     click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")
     prompts = [
         prompt_ids(policy.tokenizer, problem, config.rollout.max_prompt_length)
         for problem in open_task(config).eval_problems(COMPARED)
     ]
+    if config.model.lm_head_bits == 8:
+        policy.round_head()  # what was trained
     click.echo(compare(policy, output, dtype, prompts).line())

@@ -180,6 +180,11 @@ class GrpoConfig(Section):
                 f"grpo.loss_type = {kind} with grpo.importance_sampling_level = {level} is not "
                 f"{kind}: use {other}"
             )
+        if self.kl_estimator == "k1" and self.beta and not self.use_bias_correction_kl:
+            raise ValueError(
+                "grpo.kl_estimator = k1 has a gradient of zero in the mean, and no penalty: use k2 "
+                "or k3, or grpo.use_bias_correction_kl = true with it"
+            )
         if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
             raise ValueError(f"grpo.delta has no place in grpo.loss_type = {kind}: leave it out")
         if self.multi_objective_aggregation == "normalize_then_sum" and (

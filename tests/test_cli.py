@@ -88,7 +88,7 @@ def test_eval_of_several_completions_beside_the_base(run):
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["num_generations"] == found["base"]["num_generations"] == 4
-    assert {"strict_pass_at_2", "lenient_pass_at_4", "strict_maj_at_4"} <= set(found["base"])
+    assert {"strict_pass_at_2", "lenient_pass_at_4", "lenient_maj_at_4"} <= set(found["base"])
     assert json.loads(call(*arguments).stdout) == found
     shown = call("eval", run, "-q", "--base", "--num-problems", "3").stdout.splitlines()
     assert [line.partition(" on ")[0] for line in shown] == ["its base", str(run)]

@@ -83,6 +83,7 @@ def test_malformed_assignments(text):
         ),
         ({"grpo": {"loss_type": "sapo", "delta": 4}}, "grpo.delta has no place in"),
         ({"grpo": {"delta": 1.0}}, "grpo.delta = 1.0 (from here)"),
+        ({"grpo": {"kl_estimator": "k1"}}, "use k2 or k3, or grpo.use_bias_correction_kl"),
         (
             {
                 "grpo": {

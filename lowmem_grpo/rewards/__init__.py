@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from types import ModuleType
 from typing import Any
 
 from lowmem_grpo.errors import ConfigError, nearest
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
-from lowmem_grpo.rewards.choice import choice_reward
+from lowmem_grpo.rewards.choice import answer_letter, choice_reward
 from lowmem_grpo.rewards.format import format_reward
 from lowmem_grpo.rewards.length import overlong_reward, repetition_reward
 from lowmem_grpo.rewards.math import MathReward
@@ -60,9 +60,10 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Ta
 
 def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, RewardFunction]:
     if spec == "number":
-        _check_numbers(task)
+        _check_answers(task, spec, answer_number, "numbers")
         return spec, number_reward
     if spec == "choice":
+        _check_answers(task, spec, answer_letter, "letters from A to J")
         return spec, choice_reward
     if spec == "math":
         return spec, MathReward()
@@ -107,11 +108,11 @@ def _numbers(spec: str, text: str, names: tuple[str, ...]) -> list[int]:
     return [int(given[name]) for name in names]
 
 
-def _check_numbers(task: Task) -> None:
+def _check_answers(task: Task, reward: str, read: Callable[[str], Any], what: str) -> None:
     for where, answer in task.known_answers():
-        if answer_number(answer) is None:
+        if read(answer) is None:
             raise ConfigError(
-                f"reward 'number' needs numbers as answers, and {where} has {answer!r:.60}: "
+                f"reward '{reward}' needs {what} as answers, and {where} has {answer!r:.60}: "
                 "use the reward math, task or a function of your own"
             )
 

@@ -3,9 +3,10 @@ field of the step's record while it lasts.
 
     sampler_apart       sampler_kl of this step above 0.05. Rounding gives 1e-9 in float32 and 2e-3
                         in bfloat16; a wrong mask or a missing adapter gives more
-    adapters_still      an update was applied and the adapters did not change
-    no_signal           of the last ten steps' groups nine in ten had equal rewards
-    constant_reward     a reward function gave every completion of the last ten steps one value
+    adapters_still      there was a gradient and the adapters did not change
+    no_signal           of the last ten steps' groups nine in ten had no advantages
+    constant_reward     a reward of what is said gave every completion of the last ten steps one
+                        value
     entropy_collapse    the mean entropy of the last ten steps is under a tenth of the first ten's
     kl_runaway          the mean KL of the last ten steps is above 1 nat a token
     length_runaway      half of the last ten steps' completions were cut off, and not a quarter of
@@ -65,8 +66,8 @@ class Alarms:
         if apart > SAMPLER_KL:
             text = f"sampler and trainer disagree (sampler_kl {apart:.3f}): "
             yield "sampler_apart", text + "ratios are not those of the policy that sampled"
-        applied = record["grad_norm"] is not None and record["tokens_trained"]
-        if applied and record["adapter_change"] == 0.0:
+        # Without a gradient (equal rewards, fresh adapters) there is nothing to move them.
+        if record["grad_norm"] and record["tokens_trained"] and record["adapter_change"] == 0.0:
             yield "adapters_still", "the adapters did not change"
         if self._steps >= WINDOW:
             yield from self._of_the_last()
@@ -76,9 +77,14 @@ class Alarms:
     def _of_the_last(self) -> Iterator[tuple[str, str]]:
         flat = self._mean("frac_reward_zero_std")
         if flat >= FLAT_GROUPS:
-            text = f"{flat:.0%} of the groups of {WINDOW} steps have equal rewards, which teach "
+            text = f"{flat:.0%} of the groups of {WINDOW} steps have no advantages, and teach "
             yield "no_signal", text + "nothing: other problems, or a higher temperature?"
-        constant = set.intersection(*(set(r.get("constant_rewards", ())) for r in self._last))
+        constant = {
+            name
+            for name in set.intersection(*(set(r.get("constant_rewards", ())) for r in self._last))
+            if name.rstrip("_0123456789") not in FORM  # which is what one wants of them
+            and len({record["rewards"][name] for record in self._last}) == 1
+        }
         if constant:
             text = f"the reward {', '.join(sorted(constant))} gave every completion of {WINDOW} "
             yield "constant_reward", text + "steps one value"

@@ -12,10 +12,12 @@ ROWS = 10  # of the table of rewards
 OUTPUT = "run", "output"  # a path of the machine it ran on
 
 
-def model_card(run_path: Path, config, what: str) -> str:
-    """The card of `what` was exported ("LoRA adapter", "merged 16-bit model") from a run."""
-    metrics = _lines(run_path / "metrics.jsonl")
-    evaluations = _lines(run_path / "eval.jsonl")
+def model_card(run_path: Path, config, what: str, step: int | None = None) -> str:
+    """The card of `what` was exported ("LoRA adapter", "merged 16-bit model") from a run, as it was
+    after `step`; None: at its end.
+    """
+    metrics = _lines(run_path / "metrics.jsonl", step)
+    evaluations = _lines(run_path / "eval.jsonl", step)
     base, task = config.model.name, config.task.name
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: {'peft' if 'adapter' in what else 'transformers'}",
@@ -65,5 +67,6 @@ def _settings(config) -> list[str]:
     ]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return list(read_lines(path)) if path.is_file() else []
+def _lines(path: Path, step: int | None) -> list[dict[str, Any]]:
+    found = list(read_lines(path)) if path.is_file() else []
+    return [record for record in found if step is None or record["step"] <= step]

@@ -6,9 +6,10 @@ run gains is form, so both are always reported.
 
 pass@k is the chance that one of k completions is right, estimated without bias from n of which c
 are (Chen et al., arXiv 2107.03374, eq. 1): 1 - C(n - c, k) / C(n, k). maj@n asks whether the answer
-that most of the n give is right (arXiv 2203.11171); an answer is the last number of a completion,
-or its text. Completions of the same problem are drawn with the same uniform numbers each time, so
-two evaluations differ by their policies alone.
+that most of the n give is right (arXiv 2203.11171), whatever its form; an answer is the last number
+of a completion, or its text: where answers are neither, it says little. Completions of the same
+problem are drawn with the same uniform numbers each time, so two evaluations differ by their
+policies alone.
 
 The interval is Wilson's score interval (1927), which stays inside [0, 1]. Several completions of a
 problem are no problems of their own: it is that of so many problems, and rather too wide.
@@ -57,9 +58,9 @@ class Evaluation:
                     ("accuracy", correct / self.problems / self.num_generations),
                     ("interval", list(self._interval(correct))),
                     *((f"pass_at_{k}", share) for k, share in self._passes(name).items()),
-                    *((f"maj_at_{k}", share) for k, share in self._majority(name).items()),
                 )
             },
+            **{f"lenient_maj_at_{n}": share for n, share in self._majority().items()},
             "truncated_fraction": self.truncated / self.problems / self.num_generations,
         }
 
@@ -71,8 +72,8 @@ class Evaluation:
             low, high = self._interval(correct)
             part = f"{name} {correct / total:.1%} ({correct}/{total}, 95%: {low:.0%} to {high:.0%})"
             more = [f"pass@{k} {share:.1%}" for k, share in self._passes(name).items()]
-            more += [f"maj@{k} {share:.1%}" for k, share in self._majority(name).items()]
             parts.append(" ".join([part, *more]))
+        parts += [f"maj@{n} {share:.1%}" for n, share in self._majority().items()]
         return ", ".join(parts)
 
     def _interval(self, correct: int) -> tuple[float, float]:
@@ -93,10 +94,10 @@ class Evaluation:
             for k in sorted({n, *(1 << i for i in range(1, n.bit_length()))} - {1})
         }
 
-    def _majority(self, name: str) -> dict[int, float]:
+    def _majority(self) -> dict[int, float]:
         if self.num_generations == 1:
             return {}
-        right = sum(_elected(each) for each in self._by_problem(name))
+        right = sum(_elected(each) for each in self._by_problem("lenient"))
         return {self.num_generations: right / self.problems}
 
 

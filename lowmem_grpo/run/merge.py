@@ -84,26 +84,25 @@ def merged_weights(policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tens
 
 
 def compare(policy, directory: Path, dtype: torch.dtype, prompts: list[list[int]]) -> Difference:
-    """The merged model in `directory`, on the CPU, beside the policy."""
-    expected = []
+    """The merged model in `directory`, on the CPU, beside the policy, prompt by prompt."""
+    with quiet_libraries():
+        merged = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        ).eval()
+    tokens, kl, same = 0, 0.0, 0
     with policy.as_sampler():
         for ids in prompts:
             ids_T = torch.tensor(ids, device=policy.device)
             positions_T = torch.arange(len(ids), device=policy.device)
             hidden_TD = policy.hidden(ids_T, positions_T, policy.layout([(len(ids), ())]))
-            expected.append(policy.logits(hidden_TD).cpu().double().log_softmax(-1))
-    with quiet_libraries(), torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        ).eval()
-        logits = [merged(input_ids=torch.tensor([ids]), use_cache=False).logits for ids in prompts]
-    ours_NV = torch.cat(expected)
-    theirs_NV = torch.cat([each[0].double().log_softmax(-1) for each in logits])
-    return Difference(
-        tokens=len(ours_NV),
-        kl=(ours_NV.exp() * (ours_NV - theirs_NV)).sum(-1).mean().item(),
-        agreement=(ours_NV.argmax(-1) == theirs_NV.argmax(-1)).double().mean().item(),
-    )
+            theirs_TV = merged(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            for hidden_D, theirs_V in zip(hidden_TD, theirs_TV, strict=True):
+                ours_V = policy.logits(hidden_D[None])[0].cpu().double().log_softmax(-1)
+                theirs_V = theirs_V.double().log_softmax(-1)
+                kl += (ours_V.exp() * (ours_V - theirs_V)).sum().item()
+                same += int(ours_V.argmax() == theirs_V.argmax())
+            tokens += len(ids)
+    return Difference(tokens=tokens, kl=kl / tokens, agreement=same / tokens)
 
 
 def _write(weights: Iterator[tuple[str, torch.Tensor]], output: Path) -> None:

@@ -37,7 +37,7 @@ def step_record(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    flat = sum(len(set(group.rewards)) == 1 for group in groups)
+    flat = sum(not any(group.advantages) for group in groups)  # equal rewards, in each function
     first = iteration == 0
     return {
         "step": step,

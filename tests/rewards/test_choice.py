@@ -23,6 +23,11 @@ from lowmem_grpo.rewards.choice import choice_reward, chosen_letter
         (r"(A) is out, so \boxed{B}, not (C)", "B"),
         ("(A) cannot be, it is (C), as I said", "C"),
         ("I choose option D", "D"),
+        ("Answer: I think it is (C).", "C"),
+        ("Answer A is wrong, so it must be (C).", "C"),
+        ("The answer is A bit subtle; it is (C)", "C"),
+        ("**Answer**: B\n\nBecause (A) is wrong", "B"),
+        ("The answer is **D**.", "D"),
         ("A good guess", None),
         ("I think", None),
         ("The answer is Apple", None),
@@ -42,5 +47,6 @@ def test_scores():
 
 
 def test_an_answer_that_is_no_letter_stops():
-    with pytest.raises(RewardError, match="'Paris' is not a letter from A to J"):
-        choice_reward(["B"], ["Paris"])
+    for answer in ("Paris", "Vitamin C", "b", "K"):
+        with pytest.raises(RewardError, match=f"'{answer}' is not a letter from A to J"):
+            choice_reward(["B"], [answer])

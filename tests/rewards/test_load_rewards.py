@@ -107,6 +107,13 @@ def test_number_refuses_answers_that_are_no_numbers_before_training(tmp_path):
         load_rewards(["number"], None, load_task(f"records:{path}", seed=0))
 
 
+def test_choice_refuses_answers_that_are_no_letters_before_training(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"prompt": "x", "answer": "(B)"}\n{"prompt": "y", "answer": "Paris"}\n')
+    with pytest.raises(ConfigError, match=r"letters from A to J.*line 2.*'Paris'"):
+        load_rewards(["choice"], None, load_task(f"records:{path}", seed=0))
+
+
 def test_a_users_function_gets_what_it_names(task, rewards_file):
     path = rewards_file(
         """

@@ -61,7 +61,8 @@ def test_what_a_single_step_shows_is_said_at_once_and_when_it_comes_back(name, w
 
 
 @pytest.mark.parametrize(
-    "nothing", [{"grad_norm": None}, {"tokens_trained": 0}, {"sampler_kl": None}]
+    "nothing",
+    [{"grad_norm": None}, {"grad_norm": 0.0}, {"tokens_trained": 0}, {"sampler_kl": None}],
 )
 def test_a_step_that_was_left_out_does_not_move_adapters(nothing):
     still = {"adapter_change": 0.0} if "sampler_kl" not in nothing else {}
@@ -72,7 +73,7 @@ def test_a_step_that_was_left_out_does_not_move_adapters(nothing):
     ("name", "wrong"),
     [
         ("no_signal", {"frac_reward_zero_std": 0.95}),
-        ("constant_reward", {"constant_rewards": ["format"]}),
+        ("constant_reward", {"constant_rewards": ["number"]}),
         ("kl_runaway", {"kl": 1.05}),
     ],
 )
@@ -109,6 +110,13 @@ def test_what_the_first_ten_steps_are_compared_with(name, wrong):
 )
 def test_a_format_that_rises_with_what_is_right_is_no_hacking(rewards):
     assert said(records((WINDOW, {}), (20, {"rewards": rewards}))) == ([], [])
+
+
+def test_a_reward_that_is_constant_in_each_step_and_differs_between_them_is_no_constant():
+    steps = records((20, {"constant_rewards": ["number", "format"]}))
+    for place, record in enumerate(steps):
+        record["rewards"] = {"number": float(place % 2), "format": 1.0}
+    assert said(steps) == ([], [])
 
 
 def test_penalties_of_a_second_name_and_a_reward_without_room():

@@ -65,16 +65,17 @@ def test_several_completions_give_pass_at_k_and_a_majority():
     assert summary["strict_pass_at_2"] == pytest.approx((5 / 6 + 1 / 2) / 3)
     assert summary["lenient_pass_at_2"] == pytest.approx((1 + 1 / 2) / 3)
     assert summary["strict_pass_at_4"] == pytest.approx(2 / 3)
-    assert summary["strict_maj_at_4"] == summary["lenient_maj_at_4"] == pytest.approx(1 / 3)
+    assert summary["lenient_maj_at_4"] == pytest.approx(1 / 3)
     assert summary["strict_interval"] == list(wilson_interval(0.75, 3))
     assert "strict 25.0% (3/12" in found.line()
-    assert "pass@2 44.4% pass@4 66.7% maj@4 33.3%" in found.line()
+    assert "pass@2 44.4% pass@4 66.7%, lenient 33.3%" in found.line()
+    assert found.line().endswith(", maj@4 33.3%")
 
 
-def test_a_majority_is_judged_by_the_first_completion_that_gives_it():
+def test_a_majority_is_judged_whatever_its_form():
     judged = [(None, "the answer is 5", False, True), (None, "5", True, True)]
     found = Evaluation(1, 1, 2, 0, judged, num_generations=2)
-    assert (found.summary()["strict_maj_at_2"], found.summary()["lenient_maj_at_2"]) == (0.0, 1.0)
+    assert found.summary()["lenient_maj_at_2"] == 1.0
 
 
 def test_summary_and_line_agree():
