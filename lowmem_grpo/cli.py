@@ -233,13 +233,17 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
 def export(run: str, kind: str, output: Path, quiet: bool) -> None:
     """Take a trained adapter out of a run, in PEFT's format or merged into a 16-bit model."""
     from lowmem_grpo.run.card import model_card
-    from lowmem_grpo.run.export import adapter_directory, check_output, export_adapter
+    from lowmem_grpo.run.export import (
+        adapter_directory,
+        check_output,
+        export_adapter,
+        exported_step,
+    )
 
     source = Path(run)
     adapter = adapter_directory(source)
     config = read_config(str(source / "config.toml"), None, (), {})
-    # A checkpoint is older than the newest lines of a run that was killed.
-    step = None if adapter.name == "adapter" else int(adapter.name.removeprefix("step-"))
+    step = exported_step(adapter)
     if kind == "adapter":
         click.echo(f"{output}: adapter from {export_adapter(source, output)}")
         (output / "README.md").write_text(model_card(source, config, "LoRA adapter", step))

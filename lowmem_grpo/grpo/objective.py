@@ -40,6 +40,7 @@ Pure: tensors in, (loss, stats) out. Shapes: N scored tokens, R rollouts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 
 import torch
 
@@ -54,7 +55,7 @@ LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # VESPO's own bounds: of a token's log-ratio, and of a rollout's.
-MOST_LOG_RATIO, LEAST_LOG_WEIGHT = 20.0, -18.420680743952367  # ln 1e-8
+MOST_LOG_RATIO, LEAST_LOG_WEIGHT = 20.0, log(1e-8)
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ class Objective:
             factor_N = self._phi(inputs, log_ratio_N.detach())
             return factor_N * advantages_N * inputs.logprobs_N
         if self.loss_type == "sapo":
-            tau_N = torch.full_like(advantages_N, self.sapo_temperature_neg)
-            tau_N.masked_fill_(advantages_N > 0, self.sapo_temperature_pos)
+            better_N = advantages_N > 0
+            tau_N = _either(better_N, self.sapo_temperature_pos, self.sapo_temperature_neg, ratio_N)
             return (tau_N * (ratio_N - 1.0)).sigmoid() * 4.0 / tau_N * advantages_N
         clipped_N = ratio_N.clamp(1.0 - self.epsilon, 1.0 + self.epsilon_high)
         bounded_N = ratio_N if self.delta is None else ratio_N.clamp(max=self.delta)
@@ -158,10 +159,8 @@ class Objective:
         log_w_N = _by_rollout(each_N, inputs.lengths, torch.sum)
         log_w_N = log_w_N.clamp(LEAST_LOG_WEIGHT, MOST_LOG_RATIO)
         not_worse_N = inputs.advantages_N >= 0
-        k_N = torch.full_like(log_w_N, self.vespo_k_neg)
-        k_N.masked_fill_(not_worse_N, self.vespo_k_pos)
-        lambda_N = torch.full_like(log_w_N, self.vespo_lambda_neg)
-        lambda_N.masked_fill_(not_worse_N, self.vespo_lambda_pos)
+        k_N = _either(not_worse_N, self.vespo_k_pos, self.vespo_k_neg, log_w_N)
+        lambda_N = _either(not_worse_N, self.vespo_lambda_pos, self.vespo_lambda_neg, log_w_N)
         return (lambda_N + k_N * log_w_N - lambda_N * log_w_N.exp()).exp()
 
     def _on_policy(self, inputs: ObjectiveInputs, log_ratio_N) -> torch.Tensor:
@@ -229,6 +228,11 @@ def _by_rollout(
     sums by index are not the same twice on a card.
     """
     return torch.cat([reduce(part).expand(part.numel()) for part in x_N.split(lengths)])
+
+
+def _either(first_N: torch.Tensor, one: float, other: float, like_N: torch.Tensor) -> torch.Tensor:
+    """`one` where `first_N` is true, else `other`, in the dtype of `like_N`."""
+    return torch.full_like(like_N, other).masked_fill_(first_N, one)
 
 
 def _known(setting: str, value: str, names: tuple[str, ...]) -> None:

@@ -43,7 +43,7 @@ from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
 from lowmem_grpo.policy.mlp import tile_mlps
 from lowmem_grpo.policy.norm import replace_norms
-from lowmem_grpo.policy.sampling_layers import sampling_layers, trunk
+from lowmem_grpo.policy.sampling_layers import last_hidden, sampling_layers
 from lowmem_grpo.policy.shared_input import SharedInput, few, find
 
 __all__ = ["AdapterSettings", "Policy", "attach_adapters"]
@@ -187,7 +187,9 @@ class Policy:
         """
         embedded, keeping = self.trunk.get_input_embeddings()(input_ids_T[None]), None
         if self._sampling and self.sampling_layers and few(embedded):
-            return trunk(self.causal_lm, self.sampling_layers, embedded[0], positions_T, layout)
+            return last_hidden(
+                self.causal_lm, self.sampling_layers, embedded[0], positions_T, layout
+            )
         if self._offloading:
             embedded = held_by_autograd(embedded)
             keeping = kept_on_host(self.buffers, self._overlapping, self._layers)

@@ -1,8 +1,9 @@
 """The layers of the usual architectures while sampling: their arithmetic, and nothing around it.
 
 A decoding step gives a layer a handful of rows, and then a call costs as much as its arithmetic.
-transformers' layer makes some sixty calls and runs a dozen modules. Here it is about forty, in the
-same order and with the same rounding, so that what is sampled from is what is trained:
+A Llama layer of transformers comes down to 98 operations in 14 modules, here to 79 in 4 (counted by
+torch's dispatcher, on a CPU), in the same order and with the same rounding, so that what is sampled
+from is what is trained:
 
     x = x + O attend(rotate(Q n(x)), rotate(K n(x)), V n(x))
     x = x + D (act(G n'(x)) * U n'(x))                        n, n': RMSNorm
@@ -21,7 +22,7 @@ import torch
 from lowmem_grpo.policy.norm import RMSNorm
 from lowmem_grpo.policy.shared_input import SharedInput
 
-__all__ = ["SamplingLayer", "sampling_layers", "trunk"]
+__all__ = ["SamplingLayer", "last_hidden", "sampling_layers"]
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """By `model_type`: a name says more than the parts of a layer do, which other architectures have
@@ -102,7 +103,9 @@ def sampling_layers(causal_lm, shared: list[SharedInput]) -> list[SamplingLayer]
     return found
 
 
-def trunk(causal_lm, layers: list[SamplingLayer], embedded_TD, positions_T, layout) -> torch.Tensor:
+def last_hidden(
+    causal_lm, layers: list[SamplingLayer], embedded_TD, positions_T, layout
+) -> torch.Tensor:
     """Last hidden states [T, D] of embedded tokens, by these layers."""
     base = causal_lm.base_model
     cos_1TE, sin_1TE = base.rotary_emb(embedded_TD[None], position_ids=positions_T[None])

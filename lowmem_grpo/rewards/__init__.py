@@ -7,7 +7,7 @@ from math import isfinite
 from types import ModuleType
 from typing import Any
 
-from lowmem_grpo.errors import ConfigError, nearest
+from lowmem_grpo.errors import ConfigError, TaskError, nearest
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
 from lowmem_grpo.rewards.choice import answer_letter, choice_reward
 from lowmem_grpo.rewards.format import format_reward
@@ -15,7 +15,7 @@ from lowmem_grpo.rewards.length import overlong_reward, repetition_reward
 from lowmem_grpo.rewards.math import MathReward
 from lowmem_grpo.rewards.number import answer_number, number_reward
 from lowmem_grpo.rewards.user import load_function, load_module
-from lowmem_grpo.tasks.base import Task
+from lowmem_grpo.tasks.base import Task, parse_options
 
 __all__ = ["Reward", "Scores", "load_rewards", "score"]
 
@@ -101,10 +101,14 @@ def _task_reward(task: Task) -> RewardFunction:
 
 def _numbers(spec: str, text: str, names: tuple[str, ...]) -> list[int]:
     """The values of `max=256,cache=64`, all of them whole numbers."""
-    given = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
-    if given.keys() != set(names) or not all(value.isdecimal() for value in given.values()):
-        form = ",".join(f"{name}=NUMBER" for name in names)
-        raise ConfigError(f"reward '{spec}': write {spec.partition(':')[0]}:{form}")
+    form = ",".join(f"{name}=NUMBER" for name in names)
+    refused = ConfigError(f"reward '{spec}': write {spec.partition(':')[0]}:{form}")
+    try:
+        given = parse_options(text, names, spec)
+    except TaskError as error:
+        raise refused from error
+    if len(given) < len(names) or not all(value.isdecimal() for value in given.values()):
+        raise refused
     return [int(given[name]) for name in names]
 
 

@@ -43,6 +43,6 @@ class Group:
     rewards_by_name: dict[str, list[float]] = field(default_factory=dict)
 
     @property
-    def referred(self) -> bool:
+    def has_reference(self) -> bool:
         """Whether the reference has been asked (of rollouts that do not count it is not)."""
         return any(rollout.ref_logprobs is not None for rollout in self.rollouts)

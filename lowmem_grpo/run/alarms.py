@@ -1,7 +1,7 @@
 """What goes wrong in a GRPO run and looks like a curve in the morning: said when it begins, and a
 field of the step's record while it lasts.
 
-    sampler_apart       sampler_kl of this step above 0.05. Rounding gives 1e-9 in float32 and 2e-3
+    sampler_apart       sampler_kl of this step above 0.05. Rounding gives 1e-9 in float32 and 4e-3
                         in bfloat16; a wrong mask or a missing adapter gives more
     adapters_still      there was a gradient and the adapters did not change
     no_signal           of the last ten steps' groups nine in ten had no advantages

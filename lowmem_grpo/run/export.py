@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from lowmem_grpo.errors import ConfigError
-from lowmem_grpo.run.checkpoint import latest
+from lowmem_grpo.run.checkpoint import latest, read_state
 
-__all__ = ["adapter_directory", "check_output", "export_adapter"]
+__all__ = ["adapter_directory", "check_output", "export_adapter", "exported_step"]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -24,6 +24,14 @@ def adapter_directory(run_path: Path) -> Path:
     if checkpoint is None:
         raise ConfigError(f"{run_path} has no adapter yet: no checkpoint was written")
     return checkpoint
+
+
+def exported_step(adapter: Path) -> int | None:
+    """The step after which the adapter of `adapter_directory` was saved; None: the run's last. Of a
+    run that was killed there may be lines of later steps than its newest checkpoint.
+    """
+    state = adapter / "state.json"
+    return read_state(adapter)["step"] if state.is_file() else None
 
 
 def check_output(output: Path) -> None:

@@ -26,6 +26,7 @@ from lowmem_grpo.quiet import quiet_libraries
 __all__ = ["Difference", "compare", "merge"]
 
 SHARD_BYTES = 2 * 2**30
+ROWS = 64  # whose float64 log-probs are held at once
 INDEX = "model.safetensors.index.json"
 
 
@@ -96,11 +97,13 @@ def compare(policy, directory: Path, dtype: torch.dtype, prompts: list[list[int]
             positions_T = torch.arange(len(ids), device=policy.device)
             hidden_TD = policy.hidden(ids_T, positions_T, policy.layout([(len(ids), ())]))
             theirs_TV = merged(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            for hidden_D, theirs_V in zip(hidden_TD, theirs_TV, strict=True):
-                ours_V = policy.logits(hidden_D[None])[0].cpu().double().log_softmax(-1)
-                theirs_V = theirs_V.double().log_softmax(-1)
-                kl += (ours_V.exp() * (ours_V - theirs_V)).sum().item()
-                same += int(ours_V.argmax() == theirs_V.argmax())
+            for hidden_nD, theirs_nV in zip(
+                hidden_TD.split(ROWS), theirs_TV.split(ROWS), strict=True
+            ):
+                ours_nV = policy.logits(hidden_nD).cpu().double().log_softmax(-1)
+                theirs_nV = theirs_nV.double().log_softmax(-1)
+                kl += (ours_nV.exp() * (ours_nV - theirs_nV)).sum().item()
+                same += int((ours_nV.argmax(-1) == theirs_nV.argmax(-1)).sum())
             tokens += len(ids)
     return Difference(tokens=tokens, kl=kl / tokens, agreement=same / tokens)
 

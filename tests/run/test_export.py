@@ -1,6 +1,7 @@
 """Merged models, as plain transformers loads them, beside the policy; and model cards."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def policy(request, tmp_path):
     return open_policy(directory)
 
 
-def test_a_merged_model_is_the_policy(policy, tmp_path):
+def test_a_merged_model_is_the_policy(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 3)
     assert merge(policy, tmp_path / "out", torch.float32) == torch.float32
     found = compare(policy, tmp_path / "out", torch.float32, PROMPTS)
     assert (found.tokens, found.agreement) == (11, 1.0)
@@ -87,6 +89,17 @@ def test_a_run_is_exported_as_one_model_with_a_card(tiny_model_dir, tmp_path):
     assert again.exit_code == 2
     assert call("export", run, "--output", tmp_path / "adapter").exit_code == 0
     assert "LoRA adapter" in (tmp_path / "adapter/README.md").read_text()
+
+
+def test_a_card_of_a_checkpoint_knows_nothing_of_later_steps(tiny_model_dir, tmp_path):
+    run = tmp_path / "run"
+    train(tiny_model_dir, run, "--steps", "3", "--save-every", "2", "--set", "run.keep_last=5")
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints/step-000003")  # as if it had been killed in its third step
+    assert call("export", run, "--output", tmp_path / "out").exit_code == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "2 steps" in card
+    assert "| 3 to 3 |" not in card
 
 
 def test_a_card_of_a_run_that_has_only_begun(tmp_path):

@@ -142,3 +142,16 @@ def test_checkpoints_are_pruned_and_line_files_rewound(tiny_model_dir, tmp_path)
         file.write('{"step": 5, "reward_mean": 1}\n{"step": 6, "rew')  # cut off by a crash
     train(tiny_model_dir, part, "--steps", "5", "--resume")
     assert [m["step"] for m in metrics(part)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_from_before_a_setting_goes_on_with_its_default(tiny_model_dir, tmp_path):
+    train(tiny_model_dir, tmp_path / "run", "--steps", "1")
+    (state,) = (tmp_path / "run/checkpoints").glob("*/state.json")
+    saved = json.loads(state.read_text())
+    assert saved["config"]["grpo"].pop("baseline") == "mean"
+    state.write_text(json.dumps(saved))
+    resumed = ("train", "--output", tmp_path / "run", "--resume", "--steps", "2", "-q")
+    refused = call(*resumed, "--set", "grpo.baseline=leave_one_out")
+    assert refused.exit_code == 2
+    assert "grpo.baseline is 'leave_one_out'" in refused.stderr
+    assert call(*resumed).exit_code == 0
