@@ -93,6 +93,16 @@ class RewardsConfig(Section):
     """
     weights: list[float] | None = None
     """One factor for each function; all 1 when left out."""
+    on_error: Literal["zero", "drop", "stop"] = "zero"
+    """A completion whose reward fails scores 0 with it, leaves its group, or stops the run."""
+    timeout: Annotated[float, Field(gt=0.0)] = 60.0
+    """Seconds that a function of yours may take for the completions of a step."""
+    memory_gib: Annotated[float, Field(gt=0.0)] = 4.0
+    """Address space of its process."""
+    network: bool = False
+    """Whether its process has one."""
+    writable: list[str] = []
+    """Directories that it may write to, besides one of its own for temporary files."""
 
 
 class RolloutConfig(Section):

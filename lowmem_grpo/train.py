@@ -26,7 +26,6 @@ from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.shapes import met
 from lowmem_grpo.memory.watch import Watch
 from lowmem_grpo.policy.source import resolve
-from lowmem_grpo.rewards import Reward, load_rewards, score
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.alarms import Alarms
@@ -44,11 +43,12 @@ from lowmem_grpo.run.evaluate import evaluate
 from lowmem_grpo.run.metrics import MetricsWriter, step_record
 from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import (
-    advantages,
     check_prompts,
     evaluation_settings,
+    judge,
     open_optimizer,
     open_policy,
+    open_rewards,
     open_task,
     pack_groups,
     sampling_of,
@@ -72,7 +72,7 @@ def train(
     """
     config.check_trainable()
     task = open_task(config)
-    rewards = load_rewards(config.rewards.functions, config.rewards.weights, task)
+    rewards = open_rewards(config, task)
     check_prompts(task, config)
     check_directory(config.run.output, resume=resume, overwrite=overwrite)
     # Before the directory is touched: a run that does not fit must not replace one that did.
@@ -139,7 +139,7 @@ def train(
                     # REWARD
                     if not state.groups[0].rewards:
                         with meter.phase("reward"):
-                            _judge(state.groups, rewards, config)
+                            judge(state.groups, rewards, config)
                     if stop.requested:
                         break
 
@@ -254,21 +254,6 @@ def _roll_out(policy, task: Task, config: Config, batch: int, console: Console) 
             batch_size=config.memory.rollout_batch_size,
             advance=advance,
         )
-
-
-def _judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
-    """Write rewards and advantages into the groups."""
-    size = config.rollout.num_generations
-    texts = [rollout.text for group in groups for rollout in group.rollouts]
-    ids = [rollout.completion_ids for group in groups for rollout in group.rollouts]
-    problems = [group.problem for group in groups for _ in group.rollouts]
-    scores = score(rewards, texts, problems, ids)
-    found = advantages(scores, rewards, config)
-    for i, group in enumerate(groups):
-        mine = slice(i * size, (i + 1) * size)
-        group.rewards = scores.total[mine]
-        group.rewards_by_name = {name: values[mine] for name, values in scores.by_name.items()}
-        group.advantages = found[i]
 
 
 def _evaluate(

@@ -14,6 +14,8 @@ With several rewards, sums of them hide what differs: (1, 0) and (0, 1) are the 
 
     A' = sum_f w_f (r_f - mean r_f) / (std r_f + eps)        A = (A' - mean A') / (std A' + eps)
 
+A reward of NaN is none: that rollout does not count, and has an advantage of 0.
+
 Pure: tensors in, a tensor out. Shapes: F rewards, B problems, G rollouts each.
 """
 
@@ -34,8 +36,8 @@ def group_advantages(
 ) -> torch.Tensor:
     """Advantages [B, G] of rewards [B, G], in the rewards' floating dtype; G is at least 2.
 
-    A group of equal rewards has advantages of exactly zero. Raises ValueError for another scaling
-    or baseline.
+    A group of equal rewards, or of one alone, has advantages of exactly zero. Raises ValueError for
+    another scaling or baseline.
     """
     for name, value, known in (
         ("scale_rewards", scale_rewards, SCALINGS),
@@ -43,15 +45,20 @@ def group_advantages(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
-    centred_BG = _centred(rewards_BG)
-    if baseline == "leave_one_out":
-        size = rewards_BG.shape[1]
-        centred_BG = centred_BG * (size / (size - 1))
+    there_BG = ~rewards_BG.isnan()
+    count_B1 = there_BG.sum(1, keepdim=True, dtype=rewards_BG.dtype)
+    centred_BG = _centred(rewards_BG, there_BG)
     if scale_rewards == "none":
-        return centred_BG
-    if scale_rewards == "batch":
-        return centred_BG / (rewards_BG.std() + eps)
-    return centred_BG / (rewards_BG.std(1, keepdim=True) + eps)
+        scale = 1.0
+    elif scale_rewards == "batch":
+        scale = _std(rewards_BG[there_BG]) + eps
+    else:
+        scale = (
+            centred_BG.square().sum(1, keepdim=True) / (count_B1 - 1).clamp(min=1)
+        ).sqrt() + eps
+    if baseline == "leave_one_out":
+        centred_BG = centred_BG * (count_B1 / (count_B1 - 1).clamp(min=1))
+    return centred_BG / scale
 
 
 def gdpo_advantages(
@@ -62,14 +69,21 @@ def gdpo_advantages(
     """
     each_FBG = torch.stack([group_advantages(rewards_BG, eps=eps) for rewards_BG in rewards_FBG])
     summed_BG = (each_FBG * weights_F[:, None, None]).sum(0)
-    flat_B1 = (each_FBG == 0).all(0).all(1, keepdim=True)
+    there_BG = ~rewards_FBG.isnan().all(0)
+    nothing_BG = (each_FBG == 0).all(0).all(1, keepdim=True) | ~there_BG
     # The mean is zero up to rounding, which is no advantage.
-    return (summed_BG - summed_BG.mean()).masked_fill(flat_B1, 0.0) / (summed_BG.std() + eps)
+    of_all = summed_BG[there_BG]
+    return (summed_BG - of_all.mean()).masked_fill(nothing_BG, 0.0) / (_std(of_all) + eps)
 
 
-def _centred(rewards_BG: torch.Tensor) -> torch.Tensor:
-    centred_BG = rewards_BG - rewards_BG.mean(1, keepdim=True)
+def _centred(rewards_BG: torch.Tensor, there_BG: torch.Tensor) -> torch.Tensor:
+    centred_BG = rewards_BG - rewards_BG.nanmean(1, keepdim=True)
     # Equal rewards differ from their mean by rounding (three times 0.1, say), and dividing by std +
     # eps would turn that into an advantage: such a group carries no signal, so it gets none.
-    flat_B1 = (rewards_BG == rewards_BG[:, :1]).all(1, keepdim=True)
-    return centred_BG.masked_fill(flat_B1, 0.0)
+    first_B1 = rewards_BG.gather(1, there_BG.int().argmax(1, keepdim=True))
+    flat_B1 = ((rewards_BG == first_B1) | ~there_BG).all(1, keepdim=True)
+    return centred_BG.masked_fill(flat_B1 | ~there_BG, 0.0)
+
+
+def _std(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards.std() if rewards.numel() > 1 else rewards.new_zeros(())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite
-from types import ModuleType
 from typing import Any
 
 from lowmem_grpo.errors import ConfigError, TaskError, nearest
+from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
 from lowmem_grpo.rewards.choice import answer_letter, choice_reward
 from lowmem_grpo.rewards.format import format_reward
+from lowmem_grpo.rewards.isolated import Values
 from lowmem_grpo.rewards.length import overlong_reward, repetition_reward
 from lowmem_grpo.rewards.math import MathReward
 from lowmem_grpo.rewards.number import answer_number, number_reward
-from lowmem_grpo.rewards.user import load_function, load_module
+from lowmem_grpo.rewards.user import open_file
 from lowmem_grpo.tasks.base import Task, parse_options
 
 __all__ = ["Reward", "Scores", "load_rewards", "score"]
@@ -26,9 +27,17 @@ _FORMS = (
 )
 
 
-def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Task) -> list[Reward]:
+def load_rewards(
+    specs: Sequence[str],
+    weights: Sequence[float] | None,
+    task: Task,
+    *,
+    timeout: float = 60.0,
+    limits: Limits | None = None,
+) -> list[Reward]:
     """The rewards that `specs` name, or the task's default ones where there are none; weights are 1
-    unless given.
+    unless given. `timeout`: seconds that a user's function may take for a step's completions, under
+    `limits`.
 
     Names in the log are `number`, `math`, `format` and so on, or the function's; a second reward of
     the same name gets `_2`, and so on. Raises `ConfigError` for a reward that is unknown, cannot be
@@ -42,7 +51,7 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Ta
             f"{len(weights)} reward weights for {len(specs)} rewards ({', '.join(specs)}): "
             "give one for each"
         )
-    modules: dict[str, ModuleType] = {}
+    own = _open_files([spec for spec in specs if _is_own(spec)], task, timeout, limits or Limits())
     names: list[str] = []
     rewards = []
     for i, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
@@ -52,13 +61,13 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Ta
             )
         if not isfinite(weight):
             raise ConfigError(f"the weight of reward '{spec}' is {weight}: use a finite number")
-        name, function = _load(spec, task, modules)
+        name, function = _load(spec, task, own)
         names.append(_unused(name, names))
         rewards.append(Reward(names[-1], float(weight), function))
     return rewards
 
 
-def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, RewardFunction]:
+def _load(spec: str, task: Task, own: dict[str, RewardFunction]) -> tuple[str, RewardFunction]:
     if spec == "number":
         _check_answers(task, spec, answer_number, "numbers")
         return spec, number_reward
@@ -76,22 +85,33 @@ def _load(spec: str, task: Task, modules: dict[str, ModuleType]) -> tuple[str, R
         return kind, overlong_reward(*_numbers(spec, rest, ("max", "cache")))
     if kind == "repetition":
         return kind, repetition_reward(*_numbers(spec, rest, ("ngram",)))
-    path, colon, name = spec.rpartition(":")
-    if not colon and spec.endswith(".py"):
+    if spec in own:
+        return spec.rpartition(":")[2], own[spec]
+    if spec.endswith(".py"):
         raise ConfigError(f"reward '{spec}' names a file but no function: write {spec}:NAME")
-    if not path.endswith(".py"):
-        raise ConfigError(
-            f"unknown reward '{spec}'{nearest(kind, _KNOWN)}; the rewards are: {_FORMS}"
-        )
-    # One module for all functions of a file: what it loads, it loads once, for all of them.
-    if path not in modules:
-        modules[path] = load_module(path)
-    fields = fields_of([task.train_problem(0)], [[]])
-    return name, load_function(spec, modules[path], fields)
+    raise ConfigError(f"unknown reward '{spec}'{nearest(kind, _KNOWN)}; the rewards are: {_FORMS}")
+
+
+def _is_own(spec: str) -> bool:
+    kind, path = spec.partition(":")[0], spec.rpartition(":")[0]
+    return kind not in _KNOWN and path.endswith(".py")
+
+
+def _open_files(
+    specs: list[str], task: Task, timeout: float, limits: Limits
+) -> dict[str, RewardFunction]:
+    files: dict[str, list[str]] = {}
+    for spec in specs:
+        files.setdefault(spec.rpartition(":")[0], []).append(spec)
+    functions: dict[str, RewardFunction] = {}
+    for path, of_file in files.items():
+        fields = fields_of([task.train_problem(0)], [[]])
+        functions |= open_file(path, of_file, fields, timeout, limits)
+    return functions
 
 
 def _task_reward(task: Task) -> RewardFunction:
-    def task_score(completions: list[str], problems: list, **_: Any) -> list[float]:
+    def task_score(completions: list[str], problems: list, **_: Any) -> Values:
         return [
             task.score(problem, text) for problem, text in zip(problems, completions, strict=True)
         ]

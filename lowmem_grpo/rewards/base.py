@@ -11,41 +11,56 @@ problem of the call has, and
     problems        the `Problem` objects themselves
     completion_ids  the tokens of each completion, its end token included
 
-These names hide columns of the same name. Every function gets lists of its own. A function
-that fails stops the scoring: a wrong reward is worse than none.
+These names hide columns of the same name. Every function gets lists of its own. A value may be
+None: this reward does not apply to that completion. It may have failed instead; then there is none
+either, and it is counted. What there is none of adds nothing to the total.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import numbers
-import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_grpo.errors import RewardError
+from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.tasks.base import Problem
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., list]
+"""Returns, for each completion, a float, None, or a `Failure`."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function with its weight in the total and its name in the log."""
+    """A reward function with its weight in the total and its name in the log. `told`: the kinds of
+    failure that a person has been told of.
+    """
 
     name: str
     weight: float
     function: RewardFunction
+    told: set[str] = field(default_factory=set, compare=False)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """by_name: each reward's values, unweighted, one a completion; total: their weighted sum."""
+    """by_name: each reward's values, unweighted, one a completion, None where there is none; total:
+    their weighted sum; failures: by name and completion, why there is none.
+    """
 
-    by_name: dict[str, list[float]]
+    by_name: dict[str, list[float | None]]
     total: list[float]
+    failures: dict[str, dict[int, Failure]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> set[int]:
+        """The completions that lack a score of some reward which failed."""
+        return {i for found in self.failures.values() for i in found}
 
 
 def score(
@@ -53,25 +68,34 @@ def score(
     completions: Sequence[str],
     problems: Sequence[Problem],
     completion_ids: Sequence[Sequence[int]],
+    *,
+    stop_on_failure: bool = False,
 ) -> Scores:
-    """Scores `completions[i]`, an answer to `problems[i]`, with every reward.
+    """Scores `completions[i]`, an answer to `problems[i]`, with every reward, all at the same time.
 
-    Raises `RewardError` where a function raises, returns anything but one finite real number for
-    each completion, or calls `exit()`.
+    Raises `RewardError` where a function of our own cannot score an answer, and with
+    `stop_on_failure` where any fails.
     """
     if len(completions) != len(problems):
         raise ValueError(f"{len(completions)} completions for {len(problems)} problems")
     if not completions:
         return Scores({reward.name: [] for reward in rewards}, [])
-    by_name = {}
-    for reward in rewards:
-        returned = _call(reward, completions, fields_of(problems, completion_ids), problems)
-        by_name[reward.name] = _checked(reward.name, returned, completions, problems)
+
+    def values_of(reward: Reward) -> list:
+        return reward.function(completions=list(completions), **fields_of(problems, completion_ids))
+
+    with ThreadPoolExecutor(max_workers=len(rewards)) as threads:
+        returned = list(threads.map(values_of, rewards))
+    by_name, failures = {}, {}
+    for reward, values in zip(rewards, returned, strict=True):
+        failures[reward.name] = {i: x for i, x in enumerate(values) if isinstance(x, Failure)}
+        by_name[reward.name] = [None if isinstance(x, Failure) else x for x in values]
+        _tell(reward, failures[reward.name], completions, problems, stop_on_failure)
     total = [
-        sum(reward.weight * by_name[reward.name][i] for reward in rewards)
+        math.fsum(reward.weight * (by_name[reward.name][i] or 0.0) for reward in rewards)
         for i in range(len(completions))
     ]
-    return Scores(by_name, total)
+    return Scores(by_name, total, {name: found for name, found in failures.items() if found})
 
 
 def fields_of(
@@ -91,48 +115,27 @@ def fields_of(
     }
 
 
-def _call(
+def _tell(
     reward: Reward,
+    failures: dict[int, Failure],
     completions: Sequence[str],
-    fields: dict[str, list[Any]],
     problems: Sequence[Problem],
-) -> Any:
-    try:
-        return reward.function(completions=list(completions), **fields)
-    except RewardError:
-        raise
-    except (Exception, SystemExit) as error:  # exit() in a reward must not end the run unsaved
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(
-            f"reward '{reward.name}' raised {type(error).__name__}: {error} "
-            f"({Path(frame.filename).name}, line {frame.lineno}), scoring "
-            f"{len(completions)} completions; the first: {_rollout(0, completions, problems)}"
-        ) from error
-
-
-def _checked(
-    name: str, returned: Any, completions: Sequence[str], problems: Sequence[Problem]
-) -> list[float]:
-    # Arrays and tensors turn themselves into lists of plain numbers; no package is needed to ask.
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, (list, tuple)):
-        raise RewardError(
-            f"reward '{name}' returned {_short(returned)} ({type(returned).__name__}), "
-            "not a list of numbers"
-        )
-    if len(values) != len(completions):
-        raise RewardError(
-            f"reward '{name}' returned {len(values)} values for {len(completions)} completions: "
-            "it must return one for each"
-        )
-    for i, value in enumerate(values):
-        value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise RewardError(
-                f"reward '{name}' returned {_short(value)} ({type(value).__name__}), "
-                f"not a finite number, for {_rollout(i, completions, problems)}"
-            )
-    return [float(value) for value in values]
+    stop: bool,
+) -> None:
+    """Raise, or warn of each kind of failure once in a run: the metrics count them."""
+    reasons = Counter(failure.reason for failure in failures.values())
+    if not (reasons if stop else reasons.keys() - reward.told):
+        return
+    reward.told.update(reasons)
+    first, failure = next(iter(failures.items()))
+    words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    text = (
+        f"reward '{reward.name}' failed for {len(failures)} of {len(completions)} completions "
+        f"({words}); the first: {failure.message}, for {_rollout(first, completions, problems)}"
+    )
+    if stop:
+        raise RewardError(text)
+    _log.warning("warning: %s", text)
 
 
 def _rollout(i: int, completions: Sequence[str], problems: Sequence[Problem]) -> str:

@@ -2,16 +2,22 @@
 0.0.
 
 White space around the completion does not count, and `.` matches line ends too. The expression runs
-in the trainer: one that backtracks without end, such as `(a+)+b`, stops the run.
+in a child process: one that backtracks without end, such as `(a+)+b`, costs a score.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.isolation.worker import Worker
 from lowmem_grpo.rewards.base import RewardFunction
+from lowmem_grpo.rewards.isolated import Isolated, answering
+
+LIMIT_S = 5.0
+"""For all completions of a step."""
 
 
 def format_reward(pattern: str) -> RewardFunction:
@@ -23,14 +29,22 @@ def format_reward(pattern: str) -> RewardFunction:
             r"reward 'format' needs a regular expression: write format:REGEX, like format:-?\d+"
         )
     try:
-        compiled = re.compile(pattern, re.DOTALL)
+        re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(
             f"reward 'format:{pattern}': not a regular expression: {error.msg} "
             f"at position {error.pos}"
         ) from error
 
+    worker = Worker("lowmem_grpo.rewards.format:make_matching", {"pattern": pattern})
+    return Isolated(worker, LIMIT_S)
+
+
+def make_matching(pattern: str) -> Callable[..., list | str]:
+    """The child's side."""
+    compiled = re.compile(pattern, re.DOTALL)
+
     def matches(completions: list[str], **_: Any) -> list[float]:
         return [float(compiled.fullmatch(text.strip()) is not None) for text in completions]
 
-    return matches
+    return answering(matches)

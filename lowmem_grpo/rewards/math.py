@@ -3,8 +3,8 @@ else 0.0.
 
 math-verify's own time limit is an alarm signal: it works in the main thread only, takes the alarm
 away from anyone else, and cannot interrupt one long operation on integers. So it is switched off,
-and the comparison runs in a child process (`tasks/worker.py`) that is ended after `LIMIT_S`
-seconds; the completion then scores 0.
+and the comparison runs in a child process (`isolation/worker.py`) that is ended after `LIMIT_S`
+seconds; the completion then has no score.
 
 An answer that is not mathematics ("Paris") is compared as text: with the whole completion, or with
 what is in its last \\boxed{}.
@@ -19,19 +19,16 @@ from collections.abc import Callable
 from typing import Any
 
 from lowmem_grpo.errors import ConfigError, RewardError
+from lowmem_grpo.isolation.worker import Failure, Worker, WorkerSetupError
+from lowmem_grpo.rewards.isolated import Values
 from lowmem_grpo.tasks.answers import equals_text, final_answer
-from lowmem_grpo.tasks.worker import Worker, WorkerSetupError
 
 LIMIT_S = 5.0
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 class MathReward:
-    """The reward function. Raises `ConfigError` where math-verify is not installed.
-
-    failures: completions that were scored 0 because the comparison took too long or broke, by
-    reason.
-    """
+    """The reward function. Raises `ConfigError` where math-verify is not installed."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
@@ -39,9 +36,8 @@ class MathReward:
                 "reward 'math' needs the package math-verify: pip install \"lowmem-grpo[tasks]\""
             )
         self._worker = Worker("lowmem_grpo.rewards.math:make_comparison", {})
-        self.failures = self._worker.failures
 
-    def __call__(self, completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    def __call__(self, completions: list[str], answer: list[str], **_: Any) -> Values:
         """Raises `RewardError` where math-verify cannot be loaded."""
         try:
             self._worker.start()
@@ -52,7 +48,7 @@ class MathReward:
             for completion, wanted in zip(completions, answer, strict=True)
         ]
 
-    def _one(self, completion: str, answer: str) -> float:
+    def _one(self, completion: str, answer: str) -> float | Failure:
         boxed = _BOXED.findall(completion)
         if equals_text(completion, answer) or (boxed and equals_text(boxed[-1], answer)):
             return 1.0

@@ -1,11 +1,18 @@
-"""The reward `FILE.py:function`: a user's own function, loaded from a file by its path.
+"""The reward `FILE.py:function`: a user's own function, loaded from a file by its path, in a child
+process.
 
 The function has the signature of `rewards/base.py`. It may leave out `**fields`: it then gets the
-fields that it names.
+fields that it names. It may be async. The functions of one file run in one process, one after
+another, and share what the file keeps; when one has to be ended, the next call starts the process,
+and the file, anew.
+
+What the file does while it is loaded is not confined but for the network; what its functions do is.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib.util
 import inspect
 import sys
@@ -14,11 +21,45 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lowmem_grpo.errors import ConfigError, nearest
+from lowmem_grpo.errors import ConfigError, UserError, nearest
+from lowmem_grpo.isolation.confine import Limits
+from lowmem_grpo.isolation.worker import Worker, WorkerSetupError
 from lowmem_grpo.rewards.base import RewardFunction
+from lowmem_grpo.rewards.isolated import Isolated, answering
 from lowmem_grpo.tasks.base import stable_hash
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def open_file(
+    path: str, specs: list[str], fields: Collection[str], limit_s: float, limits: Limits
+) -> dict[str, RewardFunction]:
+    """The functions that `specs` (FILE.py:function) name in the file at `path`, for problems that
+    carry `fields`; each call of one may take `limit_s` seconds.
+
+    Raises `ConfigError` where the file is missing or fails, and where a function is not there,
+    cannot be called with `completions`, or needs a field that is not in `fields`.
+    """
+    arguments = {"path": path, "specs": specs, "fields": sorted(fields)}
+    worker = Worker("lowmem_grpo.rewards.user:UserFile", arguments, limits)
+    try:
+        worker.start()
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    except WorkerSetupError as error:
+        raise ConfigError(f"reward file {path} cannot be loaded: {error}") from error
+    return {spec: Isolated(worker, limit_s, {"spec": spec}) for spec in specs}
+
+
+class UserFile:
+    """The child's side: a file's functions, called by what names them."""
+
+    def __init__(self, path: str, specs: list[str], fields: list[str]) -> None:
+        module = load_module(path)
+        self._handlers = {spec: answering(load_function(spec, module, fields)) for spec in specs}
+
+    def __call__(self, spec: str, completions: list[str], fields: dict[str, Any]) -> list | str:
+        return self._handlers[spec](completions, fields)
 
 
 def load_module(path: str) -> ModuleType:
@@ -63,7 +104,7 @@ def load_function(spec: str, module: ModuleType, fields: Collection[str]) -> Rew
     if not callable(function):
         raise ConfigError(f"reward '{spec}': {name} is not a function but {function!r:.60}")
     if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"reward '{spec}' is an async function; use a plain one")
+        function = _awaited(function)
     try:
         parameters = inspect.signature(function).parameters
     except ValueError as error:  # some functions written in C do not tell
@@ -71,6 +112,14 @@ def load_function(spec: str, module: ModuleType, fields: Collection[str]) -> Rew
             f"reward '{spec}': its parameters cannot be read; wrap it in a def"
         ) from error
     return _accepting(spec, function, parameters, fields)
+
+
+def _awaited(function: Callable[..., Any]) -> RewardFunction:
+    @functools.wraps(function)  # with its parameters
+    def run(**fields: Any) -> list[float]:
+        return asyncio.run(function(**fields))
+
+    return run
 
 
 def _accepting(

@@ -31,8 +31,9 @@ class Rollout:
 class Group:
     """A problem, its prompt's ids, its rollouts, and, once scored, their rewards and advantages.
 
-    `rewards_by_name[name][i]` belongs to rollout i, before weighting; `rewards` is the weighted
-    sum.
+    `rewards_by_name[name][i]` belongs to rollout i, before weighting, and is None where there is no
+    score; `rewards` is the weighted sum. `failures[name][reason]`: how many scores failed.
+    `dropped[i]`: rollout i takes no part, since a score of it failed.
     """
 
     problem: Problem
@@ -40,7 +41,9 @@ class Group:
     rollouts: list[Rollout]
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
-    rewards_by_name: dict[str, list[float]] = field(default_factory=dict)
+    rewards_by_name: dict[str, list[float | None]] = field(default_factory=dict)
+    failures: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: list[bool] = field(default_factory=list)
 
     @property
     def has_reference(self) -> bool:

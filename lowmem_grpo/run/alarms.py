@@ -7,6 +7,7 @@ field of the step's record while it lasts.
     no_signal           of the last ten steps' groups nine in ten had no advantages
     constant_reward     a reward of what is said gave every completion of the last ten steps one
                         value
+    reward_failing      a reward failed for a tenth of the completions of the last ten steps
     entropy_collapse    the mean entropy of the last ten steps is under a tenth of the first ten's
     kl_runaway          the mean KL of the last ten steps is above 1 nat a token
     length_runaway      half of the last ten steps' completions were cut off, and not a quarter of
@@ -29,6 +30,7 @@ WINDOW = 10  # steps
 SAMPLER_KL = 0.05
 FLAT_GROUPS = 0.9
 ENTROPY_LEFT = 0.1
+FAILING = 0.1  # share of completions
 MOST_KL = 1.0  # nat a token
 CUT_OFF, CUT_OFF_BEFORE = 0.5, 0.25  # shares of completions
 UP, FLAT, ROOM = 0.2, 0.02, 0.95
@@ -88,6 +90,16 @@ class Alarms:
         if constant:
             text = f"the reward {', '.join(sorted(constant))} gave every completion of {WINDOW} "
             yield "constant_reward", text + "steps one value"
+        failing = {
+            name
+            for name in set().union(*(r.get("reward_failures", ()) for r in self._last))
+            if self._failed(name) >= FAILING
+        }
+        if failing:
+            text = (
+                f"the reward {', '.join(sorted(failing))} failed for {FAILING:.0%} or more of the "
+            )
+            yield "reward_failing", text + f"completions of {WINDOW} steps"
         kl = self._mean("kl")
         if kl is not None and kl > MOST_KL:
             text = f"the KL from the reference is {kl:.2f} nat a token over {WINDOW} steps: "
@@ -123,4 +135,11 @@ class Alarms:
         return fmean(values) if values else None
 
     def _of(self, name: str, records) -> float:
-        return fmean(record["rewards"][name] for record in records)
+        """The mean of a reward, where it gave any value; else 0."""
+        values = [record["rewards"][name] for record in records]
+        return fmean([value for value in values if value is not None] or [0.0])
+
+    def _failed(self, name: str) -> float:
+        """The share of the last steps' completions for which a reward failed."""
+        failed = sum(sum(r["reward_failures"].get(name, {}).values()) for r in self._last)
+        return failed / sum(record["rollouts"] for record in self._last)

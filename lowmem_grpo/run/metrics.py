@@ -1,5 +1,6 @@
 """One record a step: what is in it, and where it goes."""
 
+from collections import Counter
 from math import isfinite
 from statistics import fmean, stdev
 from typing import Any
@@ -31,28 +32,31 @@ def step_record(
     first iteration on a batch, before the update; later the policy has moved, and it is None. None
     also stands for what was not computed: `kl` without a reference, token means when no rollout
     took part. `constant_rewards`: functions that gave every completion one value.
+    `reward_failures`: scores that failed, by function and reason; means are without them, and
+    `reward_mean` and `reward_std` without the `dropped_rollouts` (unless that leaves none).
     `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
     own.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [reward for group in groups for reward in group.rewards]
+    kept = [_kept(group) for group in groups]
+    kept = kept if any(kept) else [group.rewards for group in groups]
+    by_name = {
+        name: [x for group in groups for x in group.rewards_by_name[name] if x is not None]
+        for name in groups[0].rewards_by_name
+    }
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     flat = sum(not any(group.advantages) for group in groups)  # equal rewards, in each function
     first = iteration == 0
     return {
         "step": step,
         "iteration": iteration,
-        "reward_mean": fmean(rewards),
-        "reward_std": fmean(stdev(group.rewards) for group in groups),
-        "rewards": {
-            name: fmean(value for group in groups for value in group.rewards_by_name[name])
-            for name in groups[0].rewards_by_name
-        },
-        "constant_rewards": [
-            name
-            for name in groups[0].rewards_by_name
-            if len({value for group in groups for value in group.rewards_by_name[name]}) == 1
-        ],
+        "reward_mean": fmean(reward for rewards in kept for reward in rewards),
+        "reward_std": fmean([stdev(rewards) for rewards in kept if len(rewards) > 1] or [0.0]),
+        "rewards": {name: fmean(x) if x else None for name, x in by_name.items()},
+        "constant_rewards": [name for name, values in by_name.items() if len(set(values)) == 1],
+        "rollouts": len(rollouts),
+        "reward_failures": _failures(groups),
+        "dropped_rollouts": sum(sum(group.dropped) for group in groups),
         "frac_reward_zero_std": flat / len(groups),
         "loss": stats.loss,
         "kl": stats.mean("kl"),
@@ -73,6 +77,19 @@ def step_record(
         "seconds": {name: round(value, 4) for name, value in meter.seconds.items()},
         "memory": meter.memory,
     }
+
+
+def _kept(group: Group) -> list[float]:
+    dropped = group.dropped or [False] * len(group.rewards)
+    return [reward for reward, gone in zip(group.rewards, dropped, strict=True) if not gone]
+
+
+def _failures(groups: list[Group]) -> dict[str, dict[str, int]]:
+    found: dict[str, Counter[str]] = {}
+    for group in groups:
+        for name, reasons in group.failures.items():
+            found.setdefault(name, Counter()).update(reasons)
+    return {name: dict(reasons) for name, reasons in found.items() if reasons}
 
 
 class MetricsWriter:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem_grpo.errors import TaskError, nearest
+from lowmem_grpo.isolation.worker import Failure
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Task(ABC):
     def is_correct_lenient(self, problem: Problem, text: str) -> bool:
         """Whether the right answer can be found in the completion `text`, whatever surrounds it."""
 
-    def score(self, problem: Problem, text: str) -> float:
+    def score(self, problem: Problem, text: str) -> float | Failure:
         """The task's own score of a completion, the reward `task`: 1.0 where it is strictly
-        correct, else 0.0.
+        correct, else 0.0. A scorer that runs in a child process may fail.
         """
         return float(self.is_correct_strict(problem, text))
 

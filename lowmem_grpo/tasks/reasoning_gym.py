@@ -17,9 +17,9 @@ import re
 from typing import Any
 
 from lowmem_grpo.errors import TaskError, UserError
+from lowmem_grpo.isolation.worker import Failure, Worker, WorkerFailure, WorkerSetupError
 from lowmem_grpo.tasks.answers import contains_answer
 from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat
-from lowmem_grpo.tasks.worker import Worker, WorkerFailure, WorkerSetupError
 
 _DRAW_LIMIT_S = 120.0
 _SCORE_LIMIT_S = 10.0
@@ -82,10 +82,8 @@ class ReasoningGym(Task):
             self._eval_position = reply["next"]
         return list(self._eval.values())[:count]
 
-    def score(self, problem: Problem, text: str) -> float:
-        """The package's score, mostly from 0 to 1; 0 where its scorer fails or takes more than 10
-        s.
-        """
+    def score(self, problem: Problem, text: str) -> float | Failure:
+        """The package's score, mostly from 0 to 1. Its scorer may take 10 s."""
         tagged = _TAGGED.findall(text)
         block, position = problem.fields["gym_address"]
         request = {"op": "score", "block": block, "position": position}
@@ -95,7 +93,8 @@ class ReasoningGym(Task):
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """The package's scorer gives full marks."""
-        return self.score(problem, text) >= 1.0
+        score = self.score(problem, text)
+        return isinstance(score, float) and score >= 1.0
 
     def is_correct_lenient(self, problem: Problem, text: str) -> bool:
         """As strict, or the package's own answer stands in the text."""

@@ -145,3 +145,29 @@ def test_better_rewards_have_larger_advantages(rewards):
         assert sorted(range(len(row)), key=row.__getitem__) == sorted(
             range(len(row)), key=lambda i: (found[i], i)
         )
+
+
+@pytest.mark.parametrize("scaling", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_a_reward_that_is_not_there_is_as_if_the_rollout_were_not(scaling, baseline):
+    nan = float("nan")
+    options = {"scale_rewards": scaling, "baseline": baseline}
+    found = advantages([[nan, 0.0, 1.0, nan, 3.0], [2.0, 4.0, nan, nan, 5.0]], **options)
+    expected = advantages([[0.0, 1.0, 3.0], [2.0, 4.0, 5.0]], **options)
+    assert found[0, [1, 2, 4]].tolist() == pytest.approx(expected[0].tolist(), rel=1e-12)
+    assert found[1, [0, 1, 4]].tolist() == pytest.approx(expected[1].tolist(), rel=1e-12)
+    assert found[0, [0, 3]].tolist() == found[1, [2, 3]].tolist() == [0.0, 0.0]
+    alone = advantages([[nan, 0.3, nan], [nan, nan, nan]], **options)
+    assert alone.tolist() == [[0.0] * 3] * 2
+
+
+def test_normalised_by_itself_a_reward_that_is_not_there_gives_nothing():
+    nan = float("nan")
+    rewards = torch.tensor([[[1.0, 0.0, nan, 0.5]], [[0.2, 0.1, nan, nan]]], dtype=torch.float64)
+    found = gdpo_advantages(rewards, torch.tensor([1.0, 2.0], dtype=torch.float64))
+    one = advantages([[1.0, 0.0, 0.5]])[0]
+    two = advantages([[0.2, 0.1]])[0]
+    summed = one + 2.0 * torch.tensor([*two.tolist(), 0.0], dtype=torch.float64)
+    expected = (summed - summed.mean()) / (summed.std() + 1e-4)
+    assert found[0, [0, 1, 3]].tolist() == pytest.approx(expected.tolist(), rel=1e-9)
+    assert found[0, 2] == 0.0

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from lowmem_grpo.errors import ConfigError, RewardError
+from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.rewards import load_rewards, score
 from lowmem_grpo.rewards import math as math_module
 from lowmem_grpo.tasks import load_task
@@ -160,7 +160,6 @@ def _private(completions): return []
 def wants(completions, solution): return []
 def no_texts(texts, answer): return []
 def by_place(completions, /, **fields): return []
-async def later(completions, **fields): return []
 """
 
 
@@ -174,7 +173,6 @@ async def later(completions, **fields): return []
         ("no_texts", ["does not take 'completions'"]),
         ("sqrt", ["completions"]),
         ("by_place", ["'completions'", "/"]),
-        ("later", ["async"]),
     ],
 )
 def test_functions_that_cannot_be_used(task, rewards_file, name, says):
@@ -200,19 +198,12 @@ def test_files_that_do_not_load(task, rewards_file, source, says):
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:
         load_rewards([f"{rewards_file(source)}:f"], None, task)
     assert says in str(caught.value)
-    assert caught.value.__cause__ is not None
 
 
 def test_a_directory_is_not_a_reward_file(task, tmp_path):
     (tmp_path / "dir.py").mkdir()
     with pytest.raises(ConfigError, match="no such file"):
         load_rewards([f"{tmp_path}/dir.py:f"], None, task)
-
-
-def test_an_error_in_a_users_file_names_its_line(task, rewards_file):
-    path = rewards_file("def f(completions, **_):\n    return [1 / 0]\n")
-    with pytest.raises(RewardError, match=r"mine\.py, line 2"):
-        scores_of([f"{path}:f"], task, ["x"])
 
 
 def test_math_without_its_package_names_the_command(task, monkeypatch):

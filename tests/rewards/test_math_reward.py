@@ -45,9 +45,8 @@ def test_a_completion_that_never_ends_costs_its_score_and_no_more(reward, monkey
     monkeypatch.setattr(module, "LIMIT_S", 0.5)
     # In one operation on integers, which no signal interrupts.
     bomb = "$10^{10^{10}}$"
-    before = sum(reward.failures.values())
-    assert reward([bomb, "$5$"], ["5", "5"]) == [0.0, 1.0]
-    assert sum(reward.failures.values()) == before + 1
+    failed, right = reward([bomb, "$5$"], ["5", "5"])
+    assert (failed.reason, right) == ("timeout", 1.0)
 
 
 def test_it_works_outside_the_main_thread(reward):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_grpo.errors import RewardError
+from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.rewards import Reward, score
 from lowmem_grpo.rewards.number import number_reward
 from lowmem_grpo.tasks import Problem
@@ -94,100 +95,41 @@ def test_the_total_is_the_weighted_sum(rows):
     assert scores.by_name == {f"r{i}": [a, b] for i, (_, a, b) in enumerate(rows)}
 
 
-class Array:
-    """Stands for a tensor or a numpy array."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def tolist(self):
-        return self.values
-
-
-class Scalar:
-    def __init__(self, value):
-        self.value = value
-
-    def item(self):
-        return self.value
-
-    def __float__(self):
-        return self.value
+def test_what_there_is_none_of_adds_nothing_and_is_told_once(caplog):
+    failed = Failure("timeout", "it took more than 1 s")
+    mine = Reward("mine", 2.0, lambda **_: [failed, 1.0])
+    other = Reward("other", 1.0, lambda **_: [0.5, None])
+    for _ in range(2):
+        scores = score([mine, other], TEXTS, PROBLEMS, IDS)
+    assert scores.by_name == {"mine": [None, 1.0], "other": [0.5, None]}
+    assert scores.total == [0.5, 2.0]
+    assert scores.failures == {"mine": {0: failed}}
+    assert scores.failed == {0}
+    (record,) = caplog.records
+    for part in ("'mine'", "1 of 2", "1 timeout", "it took more than 1 s", "p/0", "'two'"):
+        assert part in record.getMessage()
 
 
-@pytest.mark.parametrize(
-    "values", [(1, 0), [True, False], Array([1.0, 0.0]), [Scalar(1.0), Scalar(0.0)]]
-)
-def test_numbers_of_every_kind_are_taken_as_floats(values):
-    total = run(lambda **_: values).total
-    assert total == [1.0, 0.0]
-    assert all(type(value) is float for value in total)
+def test_a_failure_stops_where_it_should():
+    with pytest.raises(
+        RewardError, match=r"'mine' failed for 2 of 2 completions \(2 raised\)"
+    ) as e:
+        score(
+            [Reward("mine", 1.0, lambda **_: [Failure("raised", "KeyError: 'x'")] * 2)],
+            *(TEXTS, PROBLEMS, IDS),
+            stop_on_failure=True,
+        )
+    assert e.value.exit_code == 1
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
-        (None, "None"),
-        ("1.0", "'1.0'"),
-        (1j, "1j"),
-        (Decimal(1), "Decimal('1')"),
-        ([1.0], "[1.0]"),
-        (Scalar(float("nan")), "nan"),
-    ],
-)
-def test_a_value_that_is_no_finite_number_names_its_rollout(value, shown):
-    with pytest.raises(RewardError) as caught:
-        run(lambda **_: [1.0, value])
-    message = str(caught.value)
-    assert "'mine'" in message
-    assert shown in message
-    assert "p/1" in message
-    assert "'4'" in message
-    assert caught.value.exit_code == 1
+def test_rewards_run_at_the_same_time():
+    barrier = threading.Barrier(2, timeout=10)
 
+    def meets(**_):
+        barrier.wait()
+        return [0.0, 0.0]
 
-@pytest.mark.parametrize(
-    ("returned", "says"),
-    [
-        ([1.0], "1 values for 2 completions"),
-        ([1.0] * 3, "3 values for 2"),
-        ([], "0 values"),
-        (Array([[1.0, 2.0]]), "1 values"),
-        (1.0, "float"),
-        (Array(1.0), "not a list"),
-        (None, "NoneType"),
-        ("10", "str"),
-        ({0: 1.0, 1: 0.0}, "dict"),
-        ((x for x in (1.0, 2.0)), "generator"),
-    ],
-)
-def test_anything_but_one_value_for_each_completion_is_refused(returned, says):
-    with pytest.raises(RewardError) as caught:
-        run(lambda **_: returned)
-    assert says in str(caught.value)
-    assert "'mine'" in str(caught.value)
-
-
-@pytest.mark.parametrize("error", [ValueError("bad\nluck"), SystemExit(0), KeyError("x")])
-def test_a_function_that_raises_is_named_with_its_line_and_chained(error):
-    def breaks(**_):
-        raise error
-
-    with pytest.raises(RewardError) as caught:
-        run(breaks)
-    message = str(caught.value)
-    for part in (
-        "'mine'",
-        type(error).__name__,
-        "test_score.py, line",
-        "2 completions",
-        "p/0",
-        "two",
-    ):
-        assert part in message
-    assert caught.value.__cause__ is error
+    assert score([Reward(name, 1.0, meets) for name in "ab"], TEXTS, PROBLEMS, IDS).total
 
 
 def test_number_says_which_answer_is_none():
@@ -206,7 +148,11 @@ def test_ctrl_c_is_not_swallowed():
 
 def test_long_completions_are_cut_in_messages():
     with pytest.raises(RewardError) as caught:
-        run(lambda **_: [None, 1.0], ["x" * 100_000, "4"])
+        score(
+            [Reward("r", 1.0, lambda **_: [Failure("raised", "x"), 1.0])],
+            *(["x" * 100_000, "4"], PROBLEMS, IDS),
+            stop_on_failure=True,
+        )
     assert len(str(caught.value)) < 400
 
 

@@ -13,6 +13,8 @@ QUIET = {
     "adapter_change": 0.01,
     "frac_reward_zero_std": 0.3,
     "constant_rewards": [],
+    "rollouts": 10,
+    "reward_failures": {},
     "kl": 0.1,
     "entropy": 1.5,
     "completion_truncated_fraction": 0.1,
@@ -74,6 +76,7 @@ def test_a_step_that_was_left_out_does_not_move_adapters(nothing):
     [
         ("no_signal", {"frac_reward_zero_std": 0.95}),
         ("constant_reward", {"constant_rewards": ["number"]}),
+        ("reward_failing", {"reward_failures": {"mine": {"timeout": 1}}}),
         ("kl_runaway", {"kl": 1.05}),
     ],
 )

@@ -5,34 +5,47 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from tests.runs import TINY, assert_same_run, call, metrics, train
 
-# Scores by length so that groups differ; at its third call in a marked directory it does what the
-# test asks for.
+# Scores by length so that groups differ; from its third call on it does what the test asks for,
+# until the test says that this is done.
 REWARD = """
-import os, signal
+import time
 from pathlib import Path
 
 def scored(completions, **fields):
     here = Path({here!r})
     calls = int((here / "calls").read_text()) + 1 if (here / "calls").exists() else 1
     (here / "calls").write_text(str(calls))
-    if calls == 3 and not (here / "done").exists():
-        (here / "done").touch()
+    if calls >= 3 and not (here / "done").exists():
         {act}
     return [float(len(text) % 5) for text in completions]
 """
+WAIT = """(here / "reached").touch()
+        while not (here / "done").exists(): time.sleep(0.01)"""
 
 
 def reward_file(tmp_path, act="pass"):
+    """The arguments for such a reward, and the directory that it writes to."""
     path = tmp_path / f"reward_{len(list(tmp_path.iterdir()))}.py"
     here = tmp_path / f"{path.stem}_calls"
     here.mkdir()
     path.write_text(REWARD.format(here=str(here), act=act))
-    return f"{path}:scored"
+    arguments = ["--reward", f"{path}:scored", "--set", f"rewards.writable=['{here}']"]
+    return arguments, here
+
+
+def when_reached(here, do):
+    """Wait for the third call of the reward, `do()`, and let it return."""
+    while not (here / "reached").exists():
+        time.sleep(0.01)
+    do()
+    (here / "done").touch()
 
 
 def undisturbed(tiny_model_dir, tmp_path, *arguments):
@@ -50,7 +63,7 @@ def undisturbed(tiny_model_dir, tmp_path, *arguments):
     ],
 )
 def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
-    settings = [*settings, "--reward", reward_file(tmp_path)]
+    settings = [*settings, *reward_file(tmp_path)[0]]
     whole = undisturbed(tiny_model_dir, tmp_path, *settings)
     part = tmp_path / "part"
     train(tiny_model_dir, part, "--steps", "3", *settings)
@@ -61,17 +74,18 @@ def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path):
-    whole = undisturbed(tiny_model_dir, tmp_path, "--reward", reward_file(tmp_path))
-    reward = reward_file(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    whole = undisturbed(tiny_model_dir, tmp_path, *reward_file(tmp_path)[0])
+    reward, here = reward_file(tmp_path, WAIT)
     part = tmp_path / "part"
-    arguments = ["--model", str(tiny_model_dir), "--output", str(part), *TINY, "--reward", reward]
+    arguments = ["--model", str(tiny_model_dir), "--output", str(part), *TINY, *reward]
     arguments += ["--steps", "6", "--save-every", "1"]
-    killed = subprocess.run(
+    killed = subprocess.Popen(
         [sys.executable, "-m", "lowmem_grpo", "train", *arguments],
         # Sums depend on how many threads share them: as many as in this process.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert killed.returncode == -signal.SIGKILL
+    when_reached(here, killed.kill)
+    assert killed.wait() == -signal.SIGKILL
     assert len(metrics(part)) == 2
     result = call("train", *arguments, "--resume")
     assert result.exit_code == 0, result.stderr
@@ -80,39 +94,46 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(tiny_model_dir, tmp_path, number):
-    whole = undisturbed(tiny_model_dir, tmp_path, "--reward", reward_file(tmp_path))
-    reward = reward_file(tmp_path, f"os.kill(os.getpid(), {int(number)})")
+    whole = undisturbed(tiny_model_dir, tmp_path, *reward_file(tmp_path)[0])
+    reward, here = reward_file(tmp_path, WAIT)
     part = tmp_path / "part"
-    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, "--reward", reward]
+    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, *reward]
+    signaller = threading.Thread(
+        target=when_reached, args=(here, lambda: os.kill(os.getpid(), number))
+    )
+    signaller.start()
     stopped = call("train", *arguments, "--steps", "6")
+    signaller.join()
     assert stopped.exit_code == 4
     state = json.loads((part / "checkpoints/step-000002/state.json").read_text())
     assert state["step"] == 2
     assert state["groups"][0]["rewards"]  # sampled and scored: neither is done again
     result = call("train", *arguments, "--steps", "6", "--resume")
     assert result.exit_code == 0, result.stderr
-    assert (tmp_path / f"{reward.split(':')[0][:-3]}_calls" / "calls").read_text() == "6"
+    assert (here / "calls").read_text() == "6"
     assert_same_run(whole, part, 6)
 
 
 @pytest.mark.parametrize(
     ("act", "says"),
     [
-        ("raise KeyError('colour')", "raised KeyError"),
-        ("return [1.0]", "1 values for 8 completions"),
-        ("return [float('nan')] * 8", "nan"),
+        ("raise KeyError('colour')", "KeyError: 'colour'"),
+        ("return []", "0 values for 1 completions"),
+        ("return [float('nan')] * len(completions)", "nan"),
     ],
 )
-def test_a_failing_reward_costs_no_step(tiny_model_dir, tmp_path, act, says):
-    reward = reward_file(tmp_path, act)
+def test_a_reward_that_is_to_stop_the_run_costs_no_step(tiny_model_dir, tmp_path, act, says):
+    reward, here = reward_file(tmp_path, act)
     part = tmp_path / "part"
-    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, "--reward", reward]
+    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, *reward]
+    arguments += ["--set", "rewards.on_error=stop"]
     failed = call("train", *arguments, "--steps", "4")
     assert failed.exit_code == 1
     assert "reward 'scored'" in failed.stderr
     assert says in failed.stderr
     assert "Traceback" not in failed.stderr
     assert (part / "checkpoints/step-000002").is_dir()
+    (here / "done").touch()
     assert call("train", *arguments, "--steps", "4", "--resume").exit_code == 0
     assert [m["step"] for m in metrics(part)] == [1, 2, 3, 4]
 

@@ -2,12 +2,12 @@
 
 Scorers parse completions as mathematics and some hand them to `eval`; a completion can make them
 loop, allocate without end or call `exit()`. Here that costs one score. The child has a fixed hash
-seed, because some generators walk through sets and would make other problems in every process; and
-its standard output leads nowhere, because some print.
+seed, because some generators walk through sets and would make other problems in every process; its
+standard output leads nowhere, because some print; it sees no GPU, whose memory is planned to the
+last; and `confine.py` says what it may touch.
 
 The protocol is one JSON object a line, over pipes: nothing that the child sends can become code in
-the trainer. This is protection against accidents. It is no sandbox: the child has the rights of the
-user.
+the trainer.
 """
 
 from __future__ import annotations
@@ -18,75 +18,108 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import traceback
 import weakref
-from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.errors import UserError
+from lowmem_grpo.isolation.confine import Limits, confine, enter_namespaces
 
 _START_LIMIT_S = 120.0
-_CHILD_MEMORY_BYTES = 4 * 2**30
+_MOST_REPLY_BYTES = 64 * 2**20
 # The child's own alarm is for the case that the trainer is gone; it comes after the trainer's.
 _ORPHAN_GRACE_S = 10.0
 # The path is handed over because `-c` starts from another one than the trainer did. Starting this
 # file by its name would put its folder first on the path, where a file can hide a standard module.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from lowmem_grpo.tasks.worker import serve; serve(sys.argv[2], json.loads(sys.argv[3]))"
+    "from lowmem_grpo.isolation.worker import serve; serve(**json.loads(sys.argv[2]))"
 )
+_WORDS = {
+    "processes": "a process that outlives its reward would go on",
+    "network": "they reach the network",
+    "files": "they can write where you can",
+}
 _log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 
 class WorkerSetupError(Exception):
     """The child could not start: the message is the child's own."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Instead of a score. `reason`: timeout, died, raised or invalid; `message`: in words."""
+
+    reason: str
+    message: str
+
+
 class WorkerFailure(Exception):
-    """One call brought no answer. `reason` is "timeout", "died" or "raised"."""
+    """One call brought no answer: `failure` says why."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+        self.failure = Failure(reason, message)
 
 
 class Worker:
-    """A child that holds `handler = factory(**arguments)` and answers `handler(**request)`.
+    """A child that holds `handler = factory(**arguments)` and answers `handler(**request)`. Several
+    threads may call it, one after another.
 
-    target: the factory, as "module:name"; arguments and requests are JSON.
-    failures: how many calls of `score` failed, by reason.
+    target: the factory, as "module:name"; arguments and requests are JSON. The factory runs before
+    the limits on files and memory are drawn, and what it loads is loaded. missing: which limits
+    this machine does not have ("processes", "network", "files"), once it has started.
     """
 
-    def __init__(self, target: str, arguments: dict[str, Any]) -> None:
-        self.failures: Counter[str] = Counter()
-        self._command = [
-            *(sys.executable, "-c", _BOOT),
-            *(json.dumps(sys.path), target, json.dumps(arguments)),
-        ]
+    def __init__(self, target: str, arguments: dict[str, Any], limits: Limits | None = None):
+        self._serve = {"target": target, "arguments": arguments, "limits": limits or Limits()}
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize | None = None
+        self.missing: list[str] = []
+        self._calls = 0
+        self._lock = threading.RLock()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, or of the process that waits for it; None where there is none."""
+        return self._process.pid if self._process else None
 
     def start(self) -> None:
         """Starts the child if it does not run. Raises `WorkerSetupError`, or the `UserError` that
         the child raised.
         """
-        if self._process is not None and self._process.poll() is None:
-            return
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._begin()
+
+    def _begin(self) -> None:
         self.close()
+        directory = tempfile.mkdtemp(prefix="lowmem-grpo-")
+        limits = self._serve["limits"]
+        serve = self._serve | {"directory": directory, "limits": asdict(limits)}
+        own = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        own |= {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": directory}
         self._process = subprocess.Popen(
-            self._command,
+            [sys.executable, "-c", _BOOT, json.dumps(sys.path), json.dumps(serve)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # A session of its own: Ctrl-C reaches the trainer alone, which then ends in order.
             start_new_session=True,
-            env=os.environ
-            | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | own,
         )
-        self._stop = weakref.finalize(self, _end, self._process)
+        self._stop = weakref.finalize(self, _end, self._process, directory)
         try:
             reply = self._exchange(None, _START_LIMIT_S)
         except WorkerFailure as failure:
@@ -97,32 +130,42 @@ class Worker:
         if "raised" in reply:
             self.close()
             raise WorkerSetupError(reply["raised"])
+        self.missing = reply["value"]
+        for what in self.missing:
+            if what not in _told:
+                _told.add(what)
+                _log.warning(
+                    "warning: this machine cannot confine rewards wholly: %s", _WORDS[what]
+                )
 
     def call(self, request: dict[str, Any], limit_s: float) -> Any:
         """The handler's answer. Raises `WorkerFailure` after `limit_s` seconds, or when the child
         raises or dies.
         """
-        self.start()
-        reply = self._exchange({"request": request, "limit_s": limit_s}, limit_s)
+        with self._lock:
+            self.start()
+            self._calls += 1
+            message = {"id": self._calls, "request": request, "limit_s": limit_s}
+            reply = self._exchange(message, limit_s)
+            if not isinstance(reply, dict) or reply.get("id") != self._calls:
+                self.close()
+                raise WorkerFailure("died", "its process answered out of turn")
         if "raised" in reply:
-            raise WorkerFailure("raised", reply["raised"])
-        return reply["value"]
+            # What is left of the child's memory is not enough for the next one.
+            if str(reply["raised"]).startswith("MemoryError"):
+                self.close()
+            raise WorkerFailure("raised", str(reply["raised"]))
+        return reply.get("value")
 
-    def score(self, request: dict[str, Any], limit_s: float) -> float:
-        """The handler's answer as a score; 0.0 where it fails or is not a finite number, which is
-        counted in `failures`.
-        """
+    def score(self, request: dict[str, Any], limit_s: float) -> float | Failure:
+        """The handler's answer as a score, or why there is none."""
         try:
             value = self.call(request, limit_s)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                return float(value)
-            failure = WorkerFailure("raised", f"the score is {value!r}")
         except WorkerFailure as error:
-            failure = error
-        self.failures[failure.reason] += 1
-        if self.failures[failure.reason] == 1:
-            _log.warning("a completion was scored 0 because its scorer failed: %s", failure)
-        return 0.0
+            return error.failure
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+        return Failure("invalid", f"the score is {value!r:.60}")
 
     def close(self) -> None:
         """Ends the child; the next call starts another."""
@@ -137,7 +180,7 @@ class Worker:
             if message is not None:
                 process.stdin.write(json.dumps(message).encode() + b"\n")
                 process.stdin.flush()
-            line = process.stdout.readline()
+            line = process.stdout.readline(_MOST_REPLY_BYTES)
         except OSError:  # the pipe broke: the child is gone
             line = b""
         finally:
@@ -145,7 +188,14 @@ class Worker:
         if line.endswith(b"\n"):
             if expired:  # answered, and ended in the same moment: the next call needs another child
                 self.close()
-            return json.loads(line)
+            try:
+                return json.loads(line)
+            except (ValueError, RecursionError):  # what runs there can write to its pipe
+                self.close()
+                raise WorkerFailure("died", "its process answered what cannot be read") from None
+        if not expired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)  # it ends by itself, and says how
         self.close()
         if expired:
             raise WorkerFailure("timeout", f"it took more than {limit_s:g} s")
@@ -190,26 +240,30 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], directory: str) -> None:
     _kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         # A request that the child did not live to read may still be in the buffer.
         with contextlib.suppress(BrokenPipeError):
             pipe.close()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
-def serve(target: str, arguments: dict[str, Any]) -> None:
+def serve(target: str, arguments: dict[str, Any], limits: dict[str, Any], directory: str) -> None:
     """The child's side: builds the handler, says whether that worked, then answers line by line
     until the pipe closes.
     """
+    within = Limits(**limits)
+    missing = enter_namespaces(within.network)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
+    own = os.getpid()
 
     def answer(reply: dict[str, Any]) -> None:
-        replies.write(json.dumps(reply, default=str).encode() + b"\n")
+        replies.write(json.dumps(reply, default=repr).encode() + b"\n")
         replies.flush()
 
     module, _, name = target.partition(":")
@@ -218,36 +272,36 @@ def serve(target: str, arguments: dict[str, Any]) -> None:
     except UserError as error:
         return answer({"refused": str(error)})
     except Exception as error:
-        return answer({"raised": _describe(error)})
-    _limit_memory()
-    answer({"value": "ready"})
+        return answer({"raised": describe(error)})
+    missing += confine(directory, within)
+    answer({"value": missing})
     for line in requests:
         message = json.loads(line)
         _set_alarm(message["limit_s"] + _ORPHAN_GRACE_S)
+        reply = {"id": message["id"]}
         try:
-            reply = {"value": handler(**message["request"])}
+            # To text here, where what is odd about a value costs this call alone.
+            reply["value"] = json.loads(json.dumps(handler(**message["request"]), default=repr))
         except BaseException as error:  # SystemExit too: a completion can say exit()
-            reply = {"raised": _describe(error)}
+            reply["raised"] = describe(error)
+        if os.getpid() != own:  # it forked, and both came back
+            os._exit(0)
         _set_alarm(0)
         answer(reply)
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:300]}"
-
-
-def _limit_memory() -> None:
+def describe(error: BaseException) -> str:
+    """Its type, its words, cut, and where it came from; whatever it answers when it is asked."""
     try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > _CHILD_MEMORY_BYTES:
-        resource.setrlimit(resource.RLIMIT_AS, (_CHILD_MEMORY_BYTES, hard))
+        words = str(error)[:300]
+    except BaseException as other:
+        words = f"(its text: {type(other).__name__})"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {words}{where}"
 
 
 def _set_alarm(seconds: float) -> None:
-    if hasattr(
-        signal, "setitimer"
-    ):  # not on Windows; the default action ends the process, even inside C code
+    # Not on Windows; the default action ends the process, even inside C code.
+    if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)

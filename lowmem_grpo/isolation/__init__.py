@@ -1,0 +1,1 @@
+"""Child processes for what a model wrote and what a user brought, and what these may touch."""

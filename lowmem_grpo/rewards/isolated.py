@@ -1,0 +1,118 @@
+"""A reward function in a child process (`isolation/`): what it does costs its scores, never the
+run.
+
+It is called once, with all completions. Where that brings no list of one value for each (it raised,
+died, took too long or returned something else), it is called again with one completion at a time,
+and those that fail alone have failed. All of this takes at most twice the time limit, of which a
+single completion gets an eighth.
+
+So a function that compares completions with each other sees one at a time after it has failed.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from lowmem_grpo.errors import UserError
+from lowmem_grpo.isolation.worker import Failure, Worker, WorkerFailure, WorkerSetupError
+from lowmem_grpo.tasks.base import Problem
+
+__all__ = ["Isolated", "Values", "answering"]
+
+Values = list[float | Failure | None]
+"""Of each completion: its value; None where the function says that it does not apply; or why there
+is none.
+"""
+_SINGLES = 8
+
+
+class Isolated:
+    """The reward function that `worker` holds. `request`: what its handler gets besides completions
+    and fields. `limit_s`: for all completions of a call.
+    """
+
+    def __init__(self, worker: Worker, limit_s: float, request: dict[str, Any] | None = None):
+        self._worker, self._limit_s, self._request = worker, limit_s, request or {}
+
+    def __call__(self, completions: list[str], problems: list[Problem], **fields: Any) -> Values:
+        """Never raises for what the function does."""
+        fields["problems"] = [asdict(problem) for problem in problems]
+        found = self._ask(completions, fields, self._limit_s)
+        if isinstance(found, list):
+            return found
+        if len(completions) == 1:
+            return [found]
+        end = time.monotonic() + self._limit_s
+        values: Values = []
+        for i, text in enumerate(completions):
+            left = min(end - time.monotonic(), self._limit_s / _SINGLES)
+            if left <= 0:
+                values += [found] * (len(completions) - i)
+                break
+            one = self._ask([text], {name: [of[i]] for name, of in fields.items()}, left)
+            values += one if isinstance(one, list) else [one]
+        return values
+
+    def _ask(self, completions: list[str], fields: dict, limit_s: float) -> Values | Failure:
+        request = {**self._request, "completions": completions, "fields": fields}
+        try:
+            reply = self._worker.call(request, limit_s)
+        except WorkerFailure as error:
+            return error.failure
+        except (UserError, WorkerSetupError) as error:  # it could start before
+            return Failure("died", f"it cannot start again: {error}")
+        # A child can send anything: what is taken is looked at here.
+        if not isinstance(reply, list) or len(reply) != len(completions):
+            return Failure("invalid", str(reply)[:200])
+        return [_taken(value) for value in reply]
+
+
+def _taken(value: Any) -> float | Failure | None:
+    if value is None or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return Failure("invalid", f"it returned {str(value)[:100]}, not a finite number")
+
+
+def answering(function: Callable[..., Any]) -> Callable[..., list | str]:
+    """The child's side: a handler that calls `function` and returns plain values, each a float or
+    None or text that shows what it was instead; or text that says what the whole was.
+    """
+
+    def handler(completions: list[str], fields: dict[str, Any]) -> list | str:
+        fields["problems"] = [
+            Problem(**{**problem, "messages": tuple(problem["messages"])})
+            for problem in fields["problems"]
+        ]
+        returned = function(completions=completions, **fields)
+        # Arrays and tensors turn themselves into plain numbers; no package is needed to ask.
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(values, (list, tuple)):
+            kind = type(returned).__name__
+            return f"it returned {_short(returned)} ({kind}), not a list of numbers"
+        if len(values) != len(completions):
+            return (
+                f"it returned {len(values)} values for {len(completions)} completions: "
+                "it must return one for each"
+            )
+        return [_plain(value) for value in values]
+
+    return handler
+
+
+def _plain(value: Any) -> float | str | None:
+    value = value.item() if hasattr(value, "item") else value
+    if value is None:
+        return None
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    return f"{_short(value)} ({type(value).__name__})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
