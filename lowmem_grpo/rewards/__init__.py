@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from math import isfinite
 from typing import Any
 
@@ -10,9 +11,12 @@ from lowmem_grpo.errors import ConfigError, TaskError, nearest
 from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
 from lowmem_grpo.rewards.choice import answer_letter, choice_reward
+from lowmem_grpo.rewards.code import CodeReward, read_tests
 from lowmem_grpo.rewards.format import format_reward
 from lowmem_grpo.rewards.isolated import Values
-from lowmem_grpo.rewards.length import overlong_reward, repetition_reward
+from lowmem_grpo.rewards.json_schema import json_reward
+from lowmem_grpo.rewards.judge import judge_reward
+from lowmem_grpo.rewards.length import Ends, cosine_reward, overlong_reward, repetition_reward
 from lowmem_grpo.rewards.math import MathReward
 from lowmem_grpo.rewards.number import answer_number, number_reward
 from lowmem_grpo.rewards.user import open_file
@@ -20,10 +24,9 @@ from lowmem_grpo.tasks.base import Task, parse_options
 
 __all__ = ["Reward", "Scores", "load_rewards", "score"]
 
-_KNOWN = ("number", "choice", "math", "task", "format", "overlong", "repetition")
 _FORMS = (
-    "number, choice, math, task, format:REGEX, overlong:max=L,cache=C, repetition:ngram=N, "
-    "FILE.py:function"
+    "number, choice, math, task, format:REGEX, json[:SCHEMA.json], code[:column=tests,...], "
+    "overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, judge:FILE.toml, FILE.py:function"
 )
 
 
@@ -68,33 +71,88 @@ def load_rewards(
 
 
 def _load(spec: str, task: Task, own: dict[str, RewardFunction]) -> tuple[str, RewardFunction]:
-    if spec == "number":
-        _check_answers(task, spec, answer_number, "numbers")
-        return spec, number_reward
-    if spec == "choice":
-        _check_answers(task, spec, answer_letter, "letters from A to J")
-        return spec, choice_reward
-    if spec == "math":
-        return spec, MathReward()
-    if spec == "task":
-        return spec, _task_reward(task)
-    kind, _, rest = spec.partition(":")
-    if kind == "format":
-        return kind, format_reward(rest)
-    if kind == "overlong":
-        return kind, overlong_reward(*_numbers(spec, rest, ("max", "cache")))
-    if kind == "repetition":
-        return kind, repetition_reward(*_numbers(spec, rest, ("ngram",)))
+    kind, colon, rest = spec.partition(":")
+    if kind in _KINDS and (kind in _WITH_OPTIONS or not colon):
+        return kind, _KINDS[kind](spec, rest, task)
     if spec in own:
         return spec.rpartition(":")[2], own[spec]
     if spec.endswith(".py"):
         raise ConfigError(f"reward '{spec}' names a file but no function: write {spec}:NAME")
-    raise ConfigError(f"unknown reward '{spec}'{nearest(kind, _KNOWN)}; the rewards are: {_FORMS}")
+    raise ConfigError(f"unknown reward '{spec}'{nearest(kind, _KINDS)}; the rewards are: {_FORMS}")
+
+
+def _number(spec: str, rest: str, task: Task) -> RewardFunction:
+    _check_answers(task, spec, answer_number, "numbers")
+    return number_reward
+
+
+def _choice(spec: str, rest: str, task: Task) -> RewardFunction:
+    _check_answers(task, spec, answer_letter, "letters from A to J")
+    return choice_reward
+
+
+def _overlong(spec: str, rest: str, task: Task) -> RewardFunction:
+    return overlong_reward(*_whole_numbers(spec, rest, ("max", "cache")))
+
+
+def _repetition(spec: str, rest: str, task: Task) -> RewardFunction:
+    return repetition_reward(*_whole_numbers(spec, rest, ("ngram",)))
+
+
+def _cosine(spec: str, rest: str, task: Task) -> RewardFunction:
+    form = "cosine:max=NUMBER[,right0=1,right1=0.5,wrong0=-1,wrong1=-0.5,over=-1]"
+    names = [field.name for field in fields(Ends)]
+    given = _options(spec, rest, ("max", *names), form)
+    if not given.get("max", "").isdecimal():
+        raise ConfigError(f"reward '{spec}': write {form}")
+    most = int(given.pop("max"))
+    try:
+        ends = Ends(**{name: float(value) for name, value in given.items()})
+    except ValueError as error:
+        raise ConfigError(f"reward '{spec}': {error}: write {form}") from error
+    if not all(isfinite(getattr(ends, name)) for name in names):
+        raise ConfigError(f"reward '{spec}': the values have to be finite")
+    return cosine_reward(most, ends, task)
+
+
+def _code(spec: str, rest: str, task: Task) -> RewardFunction:
+    form = "code[:column=tests,timeout=5,score=fraction|all]"
+    given = _options(spec, rest, ("column", "timeout", "score"), form)
+    column, score_of = given.get("column", "tests"), given.get("score", "fraction")
+    timeout = given.get("timeout", "5")
+    if not timeout.replace(".", "", 1).isdecimal() or not float(timeout):
+        raise ConfigError(f"reward '{spec}': timeout={timeout}: give seconds: {form}")
+    if score_of not in ("fraction", "all"):
+        raise ConfigError(f"reward '{spec}': score={score_of}: {form}")
+    there = task.train_problem(0).fields
+    if column not in there:
+        raise ConfigError(
+            f"reward '{spec}' needs a column '{column}'{nearest(column, there)} with the tests; "
+            f"the problems have: {', '.join(there)}"
+        )
+    read_tests(there[column])
+    return CodeReward(column, float(timeout), score_of == "all")
+
+
+_KINDS: dict[str, Callable[[str, str, Task], RewardFunction]] = {
+    "number": _number,
+    "choice": _choice,
+    "math": lambda spec, rest, task: MathReward(),
+    "task": lambda spec, rest, task: _task_reward(task),
+    "format": lambda spec, rest, task: format_reward(rest),
+    "json": lambda spec, rest, task: json_reward(rest),
+    "code": _code,
+    "overlong": _overlong,
+    "cosine": _cosine,
+    "repetition": _repetition,
+    "judge": lambda spec, rest, task: judge_reward(rest),
+}
+_WITH_OPTIONS = _KINDS.keys() - {"number", "choice", "math", "task"}
 
 
 def _is_own(spec: str) -> bool:
     kind, path = spec.partition(":")[0], spec.rpartition(":")[0]
-    return kind not in _KNOWN and path.endswith(".py")
+    return kind not in _KINDS and path.endswith(".py")
 
 
 def _open_files(
@@ -119,17 +177,20 @@ def _task_reward(task: Task) -> RewardFunction:
     return task_score
 
 
-def _numbers(spec: str, text: str, names: tuple[str, ...]) -> list[int]:
+def _whole_numbers(spec: str, text: str, names: tuple[str, ...]) -> list[int]:
     """The values of `max=256,cache=64`, all of them whole numbers."""
-    form = ",".join(f"{name}=NUMBER" for name in names)
-    refused = ConfigError(f"reward '{spec}': write {spec.partition(':')[0]}:{form}")
-    try:
-        given = parse_options(text, names, spec)
-    except TaskError as error:
-        raise refused from error
+    form = spec.partition(":")[0] + ":" + ",".join(f"{name}=NUMBER" for name in names)
+    given = _options(spec, text, names, form)
     if len(given) < len(names) or not all(value.isdecimal() for value in given.values()):
-        raise refused
+        raise ConfigError(f"reward '{spec}': write {form}")
     return [int(given[name]) for name in names]
+
+
+def _options(spec: str, text: str, names: tuple[str, ...], form: str) -> dict[str, str]:
+    try:
+        return parse_options(text, names, spec)
+    except TaskError as error:
+        raise ConfigError(f"reward '{spec}': write {form}") from error
 
 
 def _check_answers(task: Task, reward: str, read: Callable[[str], Any], what: str) -> None:

@@ -125,7 +125,7 @@ def test_dropped_rollouts_leave_a_run_going(tiny_model_dir, tmp_path):
 
 def test_hostile_completions_get_a_score_or_a_reason(monkeypatch):
     monkeypatch.setattr(math, "LIMIT_S", 0.3)
-    monkeypatch.setattr(format, "LIMIT_S", 0.3)
+    monkeypatch.setattr(format, "LIMIT_S", 1.0)
     task = load_task("arithmetic", seed=0)
     specs = ["number", "math", "task", "format:(a+)+c", "repetition:ngram=3"]
     specs += ["overlong:max=9,cache=4"]
@@ -139,4 +139,4 @@ def test_hostile_completions_get_a_score_or_a_reason(monkeypatch):
             else:
                 assert -1.0 <= value <= 0.0 or value == 1.0
     assert set(scores.failures) <= {"math", "format"}
-    assert len(scores.failures["format"]) == 1
+    assert COMPLETIONS.index("a" * 40_000 + "b") in scores.failures["format"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from math import cos, pi
 
 import pytest
 
@@ -60,6 +61,22 @@ def test_lengths_and_repetitions_are_penalised(task):
     }
 
 
+def test_the_cosine_favours_short_answers_and_long_mistakes(task):
+    right = [task.train_problem(i).answer for i in range(5)]
+    texts = [f"{' ' * 4}{right[0]}"[-4:], right[1], "no", "nono" * 2, "x" * 9]
+    found = scores_of(["cosine:max=8"], task, texts).total
+
+    def curve(first, last, length):
+        return last + (first - last) * (1 + cos(pi * length / 8)) / 2
+
+    lengths = [len(text) for text in texts]
+    expected = [curve(1.0, 0.5, n) for n in lengths[:2]]
+    expected += [curve(-1.0, -0.5, n) for n in lengths[2:4]] + [-1.0]
+    assert found == pytest.approx(expected)
+    assert found[1] > found[0] > found[3] > found[2]
+    assert scores_of(["cosine:max=8,over=-3"], task, texts).total[4] == -3.0
+
+
 def test_rewards_of_one_kind_get_names_of_their_own(task, rewards_file):
     path = rewards_file("def format(completions, **fields): return [2.0] * len(completions)")
     rewards = load_rewards(["format:a:b", "format:c", f"{path}:format"], None, task)
@@ -84,6 +101,15 @@ def test_rewards_of_one_kind_get_names_of_their_own(task, rewards_file):
         (["overlong:max=9"], None, "write overlong:max=NUMBER,cache=NUMBER"),
         (["overlong:max=9,cache=-1"], None, "write overlong:max=NUMBER,cache=NUMBER"),
         (["overlong:max=9,cache=10"], None, "cache must be from 1 to max"),
+        (["cosine"], None, "write cosine:max=NUMBER"),
+        (["cosine:max=9,over=x"], None, "could not convert"),
+        (["cosine:max=9,over=inf"], None, "finite"),
+        (["cosine:max=0"], None, "1 or more tokens"),
+        (["code"], None, "needs a column 'tests'"),
+        (["json:gone.json"], None, "cannot read it"),
+        (["judge:gone.toml"], None, "cannot read it"),
+        (["judge"], None, "write judge:FILE.toml"),
+        (["number:x"], None, "unknown reward 'number:x'"),
         (["repetition:ngram=0"], None, "ngram must be 1 or more"),
         (["repetition:n=2"], None, "write repetition:ngram=NUMBER"),
         (["number", "number"], None, "twice"),
