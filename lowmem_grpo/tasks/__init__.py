@@ -9,8 +9,11 @@ from lowmem_grpo.tasks.base import Problem, Task, TaskOptions
 
 __all__ = ["Problem", "Task", "TaskOptions", "load_task"]
 
-_KNOWN = ("arithmetic", "reasoning_gym", "records")
-_FORMS = "arithmetic[:digits=N,ops=+-*,terms=N], reasoning_gym:NAME[:key=value,...], records:PATH"
+_KNOWN = ("arithmetic", "countdown", "reasoning_gym", "records")
+_FORMS = (
+    "arithmetic[:digits=N,ops=+-*,terms=N], countdown[:numbers=N-N,max=N,target=N], "
+    "reasoning_gym:NAME[:key=value,...], records:PATH, records:hub:OWNER/NAME[@CONFIG][/SPLIT]"
+)
 
 
 def load_task(spec: str, *, seed: int, options: TaskOptions | None = None) -> Task:
@@ -18,13 +21,20 @@ def load_task(spec: str, *, seed: int, options: TaskOptions | None = None) -> Ta
 
     Raises `TaskError` for an unknown name, wrong options, an unreadable file or a missing package.
     """
+    return _load_plain(spec, seed, options or TaskOptions())
+
+
+def _load_plain(spec: str, seed: int, options: TaskOptions) -> Task:
     # Imported when chosen: a task may need packages that others do not.
-    options = options or TaskOptions()
     kind, _, rest = spec.partition(":")
     if kind == "arithmetic":
         from lowmem_grpo.tasks.arithmetic import Arithmetic
 
         return Arithmetic(rest, seed=seed, options=options)
+    if kind == "countdown":
+        from lowmem_grpo.tasks.countdown import Countdown
+
+        return Countdown(rest, seed=seed, options=options)
     if kind == "reasoning_gym":
         from lowmem_grpo.tasks.reasoning_gym import ReasoningGym
 
