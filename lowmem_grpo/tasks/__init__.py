@@ -9,9 +9,9 @@ from lowmem_grpo.tasks.base import Problem, Task, TaskOptions
 
 __all__ = ["Problem", "Task", "TaskOptions", "load_task"]
 
-_KNOWN = ("arithmetic", "countdown", "reasoning_gym", "records")
+_KNOWN = ("arithmetic", "countdown", "gsm8k", "reasoning_gym", "records")
 _FORMS = (
-    "arithmetic[:digits=N,ops=+-*,terms=N], countdown[:numbers=N-N,max=N,target=N], "
+    "arithmetic[:digits=N,ops=+-*,terms=N], countdown[:numbers=N-N,max=N,target=N], gsm8k, "
     "reasoning_gym:NAME[:key=value,...], records:PATH, records:hub:OWNER/NAME[@CONFIG][/SPLIT]"
 )
 
@@ -35,6 +35,10 @@ def _load_plain(spec: str, seed: int, options: TaskOptions) -> Task:
         from lowmem_grpo.tasks.countdown import Countdown
 
         return Countdown(rest, seed=seed, options=options)
+    if kind == "gsm8k":
+        from lowmem_grpo.tasks.gsm8k import Gsm8k
+
+        return Gsm8k(rest, seed=seed, options=options)
     if kind == "reasoning_gym":
         from lowmem_grpo.tasks.reasoning_gym import ReasoningGym
 
