@@ -21,7 +21,17 @@ def load_task(spec: str, *, seed: int, options: TaskOptions | None = None) -> Ta
 
     Raises `TaskError` for an unknown name, wrong options, an unreadable file or a missing package.
     """
-    return _load_plain(spec, seed, options or TaskOptions())
+    return _load(spec, seed, options or TaskOptions())
+
+
+def _load(spec: str, seed: int, options: TaskOptions) -> Task:
+    task = _load_plain(spec, seed, options)
+    if not options.few_shot:
+        return task
+    from lowmem_grpo.tasks.few_shot import EXAMPLE_SEED, FewShot
+
+    source = task if seed == EXAMPLE_SEED else _load_plain(spec, EXAMPLE_SEED, options)
+    return FewShot(task, source, options.few_shot)
 
 
 def _load_plain(spec: str, seed: int, options: TaskOptions) -> Task:
