@@ -1,5 +1,5 @@
-"""Where problems come from. `load_task` turns a specification such as `arithmetic:digits=2` into a
-`Task`.
+"""Where problems come from. `load_task` turns a specification such as `arithmetic:digits=2`, or
+several with " + " between them, into a `Task`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ __all__ = ["Problem", "Task", "TaskOptions", "load_task"]
 _KNOWN = ("arithmetic", "countdown", "gsm8k", "reasoning_gym", "records")
 _FORMS = (
     "arithmetic[:digits=N,ops=+-*,terms=N], countdown[:numbers=N-N,max=N,target=N], gsm8k, "
-    "reasoning_gym:NAME[:key=value,...], records:PATH, records:hub:OWNER/NAME[@CONFIG][/SPLIT]"
+    "reasoning_gym:NAME[:key=value,...], records:PATH, records:hub:OWNER/NAME[@CONFIG][/SPLIT], "
+    "or several as WEIGHT*TASK + TASK"
 )
 
 
@@ -21,7 +22,11 @@ def load_task(spec: str, *, seed: int, options: TaskOptions | None = None) -> Ta
 
     Raises `TaskError` for an unknown name, wrong options, an unreadable file or a missing package.
     """
-    return _load(spec, seed, options or TaskOptions())
+    from lowmem_grpo.tasks.mixture import Mixture, split_mixture
+
+    options = options or TaskOptions()
+    parts = [(weight, _load(part, seed, options)) for weight, part in split_mixture(spec)]
+    return parts[0][1] if len(parts) == 1 else Mixture(parts)
 
 
 def _load(spec: str, seed: int, options: TaskOptions) -> Task:
