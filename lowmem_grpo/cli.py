@@ -209,6 +209,7 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
             step=0,
             max_prompt_length=r.max_prompt_length,
             batch_size=config.memory.rollout_batch_size,
+            chat_template_kwargs=config.model.chat_template_kwargs,
             advance=advance,
         )
     if not quiet:
@@ -260,8 +261,9 @@ def export(run: str, kind: str, output: Path, quiet: bool) -> None:
     dtype = merge(policy, output)
     (output / "README.md").write_text(model_card(source, config, "merged 16-bit model", step))
     click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")
+    longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     prompts = [
-        prompt_ids(policy.tokenizer, problem, config.rollout.max_prompt_length)
+        prompt_ids(policy.tokenizer, problem, longest, template)
         for problem in open_task(config).eval_problems(COMPARED)
     ]
     if config.model.lm_head_bits == 8:

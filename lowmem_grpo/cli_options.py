@@ -50,7 +50,10 @@ SHARED = (
     ),
     setting("--model", "model.name", help="Hub id, directory, .gguf file, or smollm2-135m."),
     setting(
-        "--task", "task.name", help="arithmetic[:options], reasoning_gym:NAME or records:PATH."
+        "--task",
+        "task.name",
+        help="arithmetic[:options], countdown[:options], gsm8k, reasoning_gym:NAME, records:PATH, "
+        "records:hub:OWNER/NAME, or several: 2*TASK + TASK.",
     ),
 )
 SHAPE = (

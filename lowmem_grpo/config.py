@@ -178,7 +178,12 @@ def config_toml(config: Config) -> str:
             if value is None:
                 table.add(tomlkit.comment(f"{key} is not set"))
                 continue
-            item = tomlkit.item(value)
+            if isinstance(value, dict):
+                # On one line: keys below a table with a header would be that table's.
+                item = tomlkit.inline_table()
+                item.update(value)
+            else:
+                item = tomlkit.item(value)
             item.comment(origin)
             table.add(key, item)
         document.add(section, table)

@@ -45,6 +45,8 @@ class ModelConfig(Section):
     """What makes the passes over the head's tiles. triton has not been run on a card yet."""
     chat_template: str | None = None
     """A file with a chat template, for a model that has none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template is given beside the messages, like {enable_thinking = false}."""
 
 
 class LoraSection(Section):
@@ -71,11 +73,19 @@ class LoraSection(Section):
 
 class TaskConfig(Section):
     name: str = "arithmetic"
-    """arithmetic[:options], reasoning_gym:NAME, or records:PATH."""
+    """arithmetic[:options], countdown[:options], gsm8k, reasoning_gym:NAME, records:PATH,
+    records:hub:OWNER/NAME[@CONFIG][/SPLIT], or several: WEIGHT*TASK + TASK.
+    """
     seed: int = 0
     """Order of the problems, and which ones a generator makes."""
+    shuffle: bool = True
+    """Records in a new order in each epoch; false: in the order of the file."""
     system_prompt: str | None = None
     """Put before every problem."""
+    few_shot: Annotated[int, Field(ge=0)] = 0
+    """Solved training problems before every question, as turns of the chat."""
+    path: str | None = None
+    """The file of gsm8k, instead of the Hub's; or of records without a PATH."""
     prompt_column: str = "prompt"
     """Column of a record that holds its prompt."""
     answer_column: str = "answer"
@@ -83,7 +93,7 @@ class TaskConfig(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the records that is held out for evaluation."""
     eval_path: str | None = None
-    """A file of its own for evaluation, instead of a held-out share."""
+    """A file or hub:... of its own for evaluation, instead of a held-out share."""
 
 
 class RewardsConfig(Section):

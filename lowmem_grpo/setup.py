@@ -129,10 +129,13 @@ def open_task(config: Config) -> Task:
     task = config.task
     options = TaskOptions(
         system_prompt=task.system_prompt,
+        few_shot=task.few_shot,
+        path=task.path,
         prompt_column=task.prompt_column,
         answer_column=task.answer_column,
         eval_fraction=task.eval_fraction,
         eval_path=task.eval_path,
+        shuffle=task.shuffle,
     )
     return load_task(task.name, seed=task.seed, options=options)
 
@@ -160,6 +163,7 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
         "sampling": sampling_of(config, "evaluation"),
         "seed": config.run.seed,
         "max_prompt_length": config.rollout.max_prompt_length,
+        "chat_template_kwargs": config.model.chat_template_kwargs,
         "batch_size": e.batch_size,
     }
 
@@ -169,12 +173,13 @@ def check_prompts(task: Task, config: Config) -> None:
     middle of the run. Raises TaskError.
     """
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
+    longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     batches = -(-config.run.steps // config.grpo.num_iterations)
     for index in range(batches * config.rollout.problems_per_step):
-        prompt_ids(tokenizer, task.train_problem(index), config.rollout.max_prompt_length)
+        prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every:
         for problem in task.eval_problems(config.eval.num_problems):
-            prompt_ids(tokenizer, problem, config.rollout.max_prompt_length)
+            prompt_ids(tokenizer, problem, longest, template)
 
 
 def open_rewards(config: Config, task: Task) -> list[Reward]:

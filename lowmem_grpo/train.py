@@ -252,6 +252,7 @@ def _roll_out(policy, task: Task, config: Config, batch: int, console: Console) 
             step=batch,
             max_prompt_length=r.max_prompt_length,
             batch_size=config.memory.rollout_batch_size,
+            chat_template_kwargs=config.model.chat_template_kwargs,
             advance=advance,
         )
 

@@ -34,6 +34,7 @@ def test_saved_configuration_reads_back_the_same(tmp_path):
         [
             ("--set", {"rewards": {"functions": ["number", "format:a\\d"], "weights": [1.0, 0.5]}}),
             ("--set", {"task": {"system_prompt": 'say "no" # ever\nplease'}}),
+            ("--set", parse_assignment("model.chat_template_kwargs={think=false, n=[1, {a=2}]}")),
         ]
     )
     path = tmp_path / "config.toml"

@@ -1,16 +1,25 @@
 """What is configured reaches what computes."""
 
 import dataclasses
+from contextlib import nullcontext
 from statistics import stdev
 
 import pytest
 
 from lowmem_grpo.config import build_config
-from lowmem_grpo.errors import RewardError
+from lowmem_grpo.errors import RewardError, TaskError
 from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.rewards.base import Reward, Scores
-from lowmem_grpo.setup import advantages, judge, pack_groups, update_settings
+from lowmem_grpo.setup import (
+    advantages,
+    check_prompts,
+    judge,
+    open_task,
+    pack_groups,
+    update_settings,
+)
+from lowmem_grpo.tasks import TaskOptions
 from tests.grpo.rollouts import make_groups
 
 OTHERS = {
@@ -46,6 +55,31 @@ def test_every_setting_of_the_objective_is_the_configuration_s():
 def test_defaults_of_the_objective_are_the_configuration_s():
     objective = update_settings(configured())["objective"]
     assert objective == Objective(epsilon=0.2, epsilon_high=0.2, beta=0.04)
+
+
+def test_every_option_of_a_task_is_the_configuration_s(monkeypatch):
+    others = {"system_prompt": "s", "few_shot": 2, "path": "p", "prompt_column": "q"}
+    others |= {"answer_column": "a", "eval_fraction": 0.5, "eval_path": "e", "shuffle": False}
+    assert others.keys() == {field.name for field in dataclasses.fields(TaskOptions)}
+    monkeypatch.setattr("lowmem_grpo.setup.load_task", lambda spec, **given: (spec, given))
+    config = build_config([("test", {"task": {"name": "records", "seed": 3, **others}})])
+    assert open_task(config) == ("records", {"seed": 3, "options": TaskOptions(**others)})
+    assert open_task(configured()) == ("arithmetic", {"seed": 0, "options": TaskOptions()})
+
+
+def test_prompts_are_checked_under_the_template_as_configured(tiny_model_dir, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[0].content }}{% if think is defined %}{{ think }}{% endif %}")
+    model = {"name": str(tiny_model_dir), "chat_template": str(template)}
+    for kwargs, refused in (({}, False), ({"think": "x" * 90}, True)):
+        config = build_config(
+            [
+                ("test", {"model": {**model, "chat_template_kwargs": kwargs}}),
+                ("test", {"rollout": {"max_prompt_length": 90}, "run": {"steps": 1}}),
+            ]
+        )
+        with pytest.raises(TaskError) if refused else nullcontext():
+            check_prompts(open_task(config), config)
 
 
 def test_truncated_completions_take_no_part_where_they_are_masked():

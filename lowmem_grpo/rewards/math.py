@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any
 
 from lowmem_grpo.errors import ConfigError, RewardError
 from lowmem_grpo.isolation.worker import Failure, Worker, WorkerSetupError
 from lowmem_grpo.rewards.isolated import Values
-from lowmem_grpo.tasks.answers import equals_text, final_answer
+from lowmem_grpo.tasks.answers import equals_text, final_answer, last_boxed, same_answer
 
 LIMIT_S = 5.0
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 class MathReward:
@@ -49,8 +47,8 @@ class MathReward:
         ]
 
     def _one(self, completion: str, answer: str) -> float | Failure:
-        boxed = _BOXED.findall(completion)
-        if equals_text(completion, answer) or (boxed and equals_text(boxed[-1], answer)):
+        boxed = last_boxed(completion)
+        if equals_text(completion, answer) or (boxed is not None and same_answer(boxed, answer)):
             return 1.0
         return self._worker.score({"completion": completion, "answer": answer}, LIMIT_S)
 

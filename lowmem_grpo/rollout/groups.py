@@ -1,6 +1,7 @@
 """Problems -> groups: prompts by chat template, G completions each, decoded to text."""
 
 from collections.abc import Callable
+from typing import Any
 
 from lowmem_grpo.errors import TaskError
 from lowmem_grpo.rollout.sampler import Request, sample
@@ -11,14 +12,23 @@ from lowmem_grpo.tasks.base import Problem
 __all__ = ["end_token_ids", "prompt_ids", "sample_groups"]
 
 
-def prompt_ids(tokenizer, problem: Problem, max_prompt_length: int) -> list[int]:
+def prompt_ids(
+    tokenizer,
+    problem: Problem,
+    max_prompt_length: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """Token ids of the problem's messages under the chat template, ready for the assistant's turn.
+    `chat_template_kwargs`: what the template is given beside the messages.
 
     Raises TaskError for a prompt of more than `max_prompt_length` tokens: cutting it would ask
     another question.
     """
     text = tokenizer.apply_chat_template(
-        list(problem.messages), tokenize=False, add_generation_prompt=True
+        list(problem.messages),
+        tokenize=False,
+        add_generation_prompt=True,
+        **(chat_template_kwargs or {}),
     )
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) > max_prompt_length:
@@ -48,12 +58,16 @@ def sample_groups(
     step: int,
     max_prompt_length: int,
     batch_size: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Group]:
     """Sample `num_generations` completions of each problem from the policy as it is now (adapters
     on).
     """
-    prompts = [prompt_ids(policy.tokenizer, problem, max_prompt_length) for problem in problems]
+    prompts = [
+        prompt_ids(policy.tokenizer, problem, max_prompt_length, chat_template_kwargs)
+        for problem in problems
+    ]
     requests = [
         Request(
             prompt,

@@ -111,6 +111,7 @@ def evaluate(
     seed: int,
     max_prompt_length: int,
     batch_size: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
     adapters: bool = True,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
@@ -121,7 +122,7 @@ def evaluate(
     length = sampling.max_completion_length
     requests = [
         Request(
-            prompt_ids(policy.tokenizer, problem, max_prompt_length),
+            prompt_ids(policy.tokenizer, problem, max_prompt_length, chat_template_kwargs),
             [uniforms(seed, EVALUATION, place, i, length) for i in range(num_generations)],
         )
         for place, problem in enumerate(problems)

@@ -1,4 +1,5 @@
-"""How an answer is read out of text: numbers, and answers that stand inside a sentence.
+"""How an answer is read out of text: numbers, what a worked solution ends in ("#### 72", or
+\\boxed{72}), and answers that stand inside a sentence.
 
 Numbers are exact (`Fraction`): "0.1" equals "0.10" and "1/10", and no rounding decides a reward. A
 number may have a sign directly before it, a dollar sign, thousands separators and decimals, or be a
@@ -23,6 +24,13 @@ _WHOLE = re.compile(rf"(?:[-+\u2212]?\\?\$?|\\?\$[-\u2212])(?:{_GROUPED}|{_RATIO
 # needs one character more than the sign's own three.
 _MINUS = re.compile(r"(?<![0-9A-Za-z)\]}.])[-\u2212](?:\\?\$)?\Z")
 _MINUS_REACH = 4
+# What opens and closes in TeX. Any other backslash takes the next character with it: \{ is a sign.
+_BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\boxed\s+(?P<bare>[^\s{}$\\]+)|(?P<open>\{)|(?P<close>\})|\\.",
+    re.DOTALL,
+)
+_WORDS_IN_TEX = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_SPACING_IN_TEX = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|[\s$]")
 
 
 def last_number(text: str) -> Fraction | None:
@@ -46,9 +54,41 @@ def parse_number(text: str) -> Fraction | None:
     return last_number(text) if _WHOLE.fullmatch(text) else None
 
 
+def last_boxed(text: str) -> str | None:
+    """What is in the last \\boxed{} or \\fbox{} of `text` that is closed, or None."""
+    found, opened = None, []
+    for match in _BRACES.finditer(text):
+        if match["box"] or match["open"]:
+            opened.append(match.end() if match["box"] else None)
+        elif match["bare"]:
+            found = match["bare"]
+        elif match["close"] and opened:
+            start = opened.pop()
+            found = found if start is None else text[start : match.start()].strip()
+    return found
+
+
 def final_answer(answer: str) -> str:
-    """A reference answer without its worked solution: what follows the last "####", or all."""
-    return answer.rpartition("####")[2].strip()
+    """A reference answer without its worked solution: what follows the last "####", and of that
+    what is in its last \\boxed{}; or all.
+    """
+    answer = answer.rpartition("####")[2].strip()
+    return last_boxed(answer) or answer
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Whether two final answers are the same number, or the same TeX but for spaces, \\text and the
+    kind of fraction. What is equal by mathematics only is not the same.
+    """
+    number = parse_number(one)
+    if number is not None and number == parse_number(other):
+        return True
+    return _tidied(one) == _tidied(other)
+
+
+def _tidied(tex: str) -> str:
+    tex = _WORDS_IN_TEX.sub(r"\1", tex).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    return _SPACING_IN_TEX.sub("", tex).rstrip(".")
 
 
 def equals_text(text: str, answer: str) -> bool:

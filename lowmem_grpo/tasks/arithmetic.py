@@ -13,7 +13,15 @@ from itertools import product
 
 from lowmem_grpo.errors import TaskError
 from lowmem_grpo.tasks.answers import contains_answer, equals_text
-from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, parse_options, stable_hash
+from lowmem_grpo.tasks.base import (
+    Problem,
+    Task,
+    TaskOptions,
+    chat,
+    parse_options,
+    stable_hash,
+    whole_number,
+)
 
 HELD_OUT_ONE_IN = 5
 # Up to this many problems the held-out ones are listed in full; above, draws seldom repeat.
@@ -29,8 +37,8 @@ class Arithmetic(Task):
     def __init__(self, spec_options: str, *, seed: int, options: TaskOptions) -> None:
         chosen = parse_options(spec_options, ("digits", "ops", "terms"), "arithmetic")
         self.name = f"arithmetic:{spec_options}" if spec_options else "arithmetic"
-        self._digits = _integer(chosen, "digits", default=1, low=1, high=6)
-        self._terms = _integer(chosen, "terms", default=2, low=2, high=_MAX_TERMS)
+        self._digits = whole_number(chosen, "digits", "arithmetic", default=1, low=1, high=6)
+        self._terms = whole_number(chosen, "terms", "arithmetic", default=2, low=2, high=_MAX_TERMS)
         self._ops = chosen.get("ops", "+")
         if set(self._ops) - set("+-*") or len(set(self._ops)) != len(self._ops):
             raise TaskError(
@@ -125,10 +133,3 @@ def _value(operands: tuple[int, ...], ops: tuple[str, ...]) -> int:
             total += product_so_far
             product_so_far = operand if op == "+" else -operand
     return total + product_so_far
-
-
-def _integer(chosen: dict[str, str], key: str, *, default: int, low: int, high: int) -> int:
-    text = chosen.get(key, str(default))
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise TaskError(f"arithmetic: {key}={text}: use a whole number from {low} to {high}")
-    return int(text)

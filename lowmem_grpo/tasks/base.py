@@ -9,9 +9,11 @@ another without meeting a problem that it was trained on.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from lowmem_grpo.errors import TaskError, nearest
@@ -25,7 +27,7 @@ class Problem:
     id: names the problem in logs and errors; the same problem has the same id in every run.
     messages: the prompt as chat messages, each `{"role": str, "content": str}`.
     answer: the reference answer as text; empty where a task can score without one.
-    fields: every other column that a reward may want, by name.
+    fields: every other column that a reward may want, by name; JSON values, since groups are saved.
     """
 
     id: str
@@ -39,16 +41,22 @@ class TaskOptions:
     """Settings that are not part of a task's specification.
 
     system_prompt: put before every prompt that does not bring a system message of its own.
+    few_shot: so many solved training problems stand before every question.
+    path: the file of `gsm8k`, or of `records` without a path of its own.
     prompt_column, answer_column: the columns of `records:PATH`.
     eval_fraction: the part of the rows of `records:PATH` that is held out, at least 0 and below 1.
     eval_path: a file of held-out problems for `records:PATH`; `eval_fraction` is then not used.
+    shuffle: records are read in a new order in each epoch, and not in the file's.
     """
 
     system_prompt: str | None = None
+    few_shot: int = 0
+    path: str | None = None
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     eval_fraction: float = 0.1
     eval_path: str | None = None
+    shuffle: bool = True
 
 
 class Task(ABC):
@@ -89,6 +97,12 @@ class Task(ABC):
         """
         return float(self.is_correct_strict(problem, text))
 
+    def reply(self, problem: Problem) -> str:
+        """A right completion in the form that is asked for, as a solved example shows it; empty
+        where none is known.
+        """
+        return problem.answer
+
     def known_answers(self) -> Iterable[tuple[str, str]]:
         """(where, answer) of the answers that can be looked at before training: all of them, or a
         first example.
@@ -101,6 +115,25 @@ def chat(question: str, system_prompt: str | None) -> tuple[dict[str, str], ...]
     """`question` as the messages of a chat, after the system prompt if there is one."""
     user = {"role": "user", "content": question}
     return ({"role": "system", "content": system_prompt}, user) if system_prompt else (user,)
+
+
+def plain(value: Any) -> Any:
+    """`value` with everything in it that JSON does not know turned into text: dates, decimals,
+    bytes, numbers that are not finite.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -133,3 +166,13 @@ def parse_options(text: str, known: Iterable[str], task: str) -> dict[str, str]:
             raise TaskError(f"option '{key}' of task '{task}' is given twice")
         options[key] = value
     return options
+
+
+def whole_number(
+    chosen: dict[str, str], key: str, task: str, *, default: int, low: int, high: int
+) -> int:
+    """The option `key` of `task` as a number from `low` to `high`. Raises `TaskError`."""
+    text = chosen.get(key, str(default))
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise TaskError(f"{task}: {key}={text}: use a whole number from {low} to {high}")
+    return int(text)

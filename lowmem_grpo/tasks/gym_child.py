@@ -20,7 +20,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from lowmem_grpo.errors import TaskError, nearest
-from lowmem_grpo.tasks.base import parse_options, stable_hash
+from lowmem_grpo.tasks.base import parse_options, plain, stable_hash
 
 BLOCK = 500
 # Some generators take 0.2 s a problem. A held-out one costs three draws, a training one 1.5.
@@ -115,7 +115,7 @@ def _message(entry: dict[str, Any], block: int, position: int) -> dict[str, Any]
     return {
         "question": entry["question"],
         "answer": entry["answer"],  # None where the package has a scorer but no answer
-        "metadata": entry["metadata"],
+        "metadata": plain(entry["metadata"]),
         "block": block,
         "position": position,
     }

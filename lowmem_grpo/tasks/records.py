@@ -1,10 +1,14 @@
 """The task `records:PATH`: problems from a jsonl, CSV or parquet file with a prompt and an answer
-column.
+column, or from a data set of the Hub (`records:hub:OWNER/NAME`, see `hub.py`).
+
+An answer may be a worked solution that ends in "#### 72" or has its answer in \\boxed{}; then a
+completion is read in the same way.
 
 The whole file is checked when the task is made. Which rows are held out follows from a hash of the
 prompt, so rows with the same prompt are on the same side, and a row stays on its side when the file
 grows or the seed changes. An epoch is a permutation of the training rows that belongs to (seed,
-epoch); it is computed position by position and never stored.
+epoch); it is computed position by position and never stored. With `task.shuffle = false` every
+epoch has the order of the file.
 """
 
 from __future__ import annotations
@@ -17,8 +21,16 @@ from decimal import Decimal
 from typing import Any
 
 from lowmem_grpo.errors import TaskError, nearest
-from lowmem_grpo.tasks.answers import contains_answer, equals_text, final_answer, parse_number
-from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, stable_hash
+from lowmem_grpo.tasks.answers import (
+    contains_answer,
+    equals_text,
+    final_answer,
+    last_boxed,
+    parse_number,
+    same_answer,
+)
+from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, plain, stable_hash
+from lowmem_grpo.tasks.hub import PREFIX, open_hub
 from lowmem_grpo.tasks.tables import Table, open_table
 
 
@@ -31,14 +43,19 @@ class Records(Task):
     """
 
     def __init__(self, path: str, *, seed: int, options: TaskOptions) -> None:
+        path = path or options.path or ""
         if not path:
-            raise TaskError("records needs a file: write records:PATH, like records:problems.jsonl")
+            raise TaskError(
+                "records needs a file: write records:PATH, like records:problems.jsonl or "
+                "records:hub:OWNER/NAME"
+            )
         if not 0 <= options.eval_fraction < 1:
             raise TaskError(
                 f"task.eval_fraction = {options.eval_fraction}: use a number from 0 to below 1"
             )
         self.name = f"records:{path}"
         self._seed = seed
+        self._shuffle = options.shuffle
         source = _Source(path, options)
         if options.eval_path:
             self._eval_source = _Source(options.eval_path, options)
@@ -57,14 +74,19 @@ class Records(Task):
             raise TaskError(
                 f"{path}: no row is left to train on, {options.eval_path} has every prompt of it"
             )
-        numeric = source.numeric and self._eval_source.numeric
-        self.default_rewards = ("number",) if numeric else ("task",)
+        sources = (source, self._eval_source)
+        if all(each.numeric for each in sources):
+            self.default_rewards = ("number",)
+        else:
+            self.default_rewards = ("math",) if all(each.boxed for each in sources) else ("task",)
 
     def train_problem(self, index: int) -> Problem:
         """See `Task`. Every training row comes once in an epoch."""
         epoch, position = divmod(index, self.num_train)
-        place = _permuted(position, self.num_train, stable_hash("epoch", self._seed, epoch))
-        return self._source.problem(self._train_rows[place])
+        if self._shuffle:
+            key = stable_hash("epoch", self._seed, epoch)
+            position = _permuted(position, self.num_train, key)
+        return self._source.problem(self._train_rows[position])
 
     def eval_problems(self, count: int) -> list[Problem]:
         """See `Task`. In an order of its own, which mixes the file."""
@@ -73,12 +95,20 @@ class Records(Task):
         return [self._eval_source.problem(rows[place]) for place in order]
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
-        """The completion is the answer and nothing more; a full stop may follow."""
-        return equals_text(text, final_answer(problem.answer))
+        """The completion is the answer and nothing more; a full stop may follow. Where the
+        reference is a worked solution, so may the completion be, with an end like it.
+        """
+        wanted = final_answer(problem.answer)
+        if wanted == problem.answer.strip():
+            return equals_text(text, wanted)
+        return same_answer(final_answer(text), wanted)
 
     def is_correct_lenient(self, problem: Problem, text: str) -> bool:
-        """The completion's last number is the answer, or the answer stands in it as words."""
-        return contains_answer(text, final_answer(problem.answer))
+        """The completion's last number is the answer, or the answer stands in it as words, or in
+        its last \\boxed{}.
+        """
+        wanted, boxed = final_answer(problem.answer), last_boxed(text)
+        return contains_answer(text, wanted) or (boxed is not None and same_answer(boxed, wanted))
 
     def known_answers(self) -> Iterable[tuple[str, str]]:
         """See `Task`: of all rows."""
@@ -87,24 +117,25 @@ class Records(Task):
 
 
 class _Source:
-    """One checked file, read as problems. `hashes` has one hash a row, of its prompt; `numeric`
-    says whether all answers are numbers.
+    """One checked file, read as problems. `hashes` has one hash a row, of its prompt; `numeric` and
+    `boxed` say whether all answers are numbers, and whether all have a \\boxed{}.
     """
 
     def __init__(self, path: str, options: TaskOptions) -> None:
         self._path = path
         self._options = options
-        self._table: Table = open_table(path)
+        self._table: Table = open_hub(path) if path.startswith(PREFIX) else open_table(path)
         for setting in ("prompt_column", "answer_column"):
             self._check_column(setting, getattr(options, setting))
         self.hashes = array("Q")
-        self.numeric = True
+        self.numeric = self.boxed = True
         for number in range(len(self)):
             row = self._table.row(number)
             messages = self._messages(number, row)
             self.hashes.append(stable_hash(json.dumps(messages, sort_keys=True)))
             answer = self._answer(number, row)
             self.numeric = self.numeric and parse_number(final_answer(answer)) is not None
+            self.boxed = self.boxed and last_boxed(answer) is not None
 
     def __len__(self) -> int:
         return len(self._table)
@@ -116,7 +147,7 @@ class _Source:
             messages = ({"role": "system", "content": self._options.system_prompt}, *messages)
         # The answer column keeps its own name too: a reward written for this file may ask for it.
         fields = {
-            name: value
+            name: plain(value)
             for name, value in row.items()
             if name not in ("answer", self._options.prompt_column)
         }
@@ -151,7 +182,7 @@ class _Source:
 
     def _messages(self, number: int, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         column = self._options.prompt_column
-        prompt = self._cell(number, row, column)
+        prompt = plain(self._cell(number, row, column))
         if isinstance(prompt, str):
             return chat(prompt, None)
         if not isinstance(prompt, list):
@@ -186,7 +217,9 @@ class _Source:
             whole = value == int(value)
             return str(int(value)) if whole else format(Decimal(str(value)), "f")
         return (
-            json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+            json.dumps(plain(value), ensure_ascii=False)
+            if isinstance(value, (list, dict))
+            else str(plain(value))
         )
 
     def _fail(self, number: int, what: str) -> None:

@@ -143,24 +143,12 @@ class _Csv(Table):
         return f"line {self._lines[number]}"
 
 
-class _Parquet(Table):
-    """Held as an Arrow table; a row becomes Python objects when it is asked for."""
+class ArrowTable(Table):
+    """A `pyarrow.Table`; a row becomes Python objects when it is asked for."""
 
-    def __init__(self, file: Path) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise TaskError(
-                f'{file}: parquet needs pyarrow: pip install "lowmem-grpo[tasks]"'
-            ) from error
-        try:
-            self._table = pyarrow.parquet.read_table(file)
-        except pyarrow.ArrowException as error:
-            raise TaskError(
-                f"{file} is not a parquet file: {str(error).splitlines()[0]}"
-            ) from error
-        self.columns = self._table.column_names
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self.columns = table.column_names
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -175,12 +163,26 @@ class _Parquet(Table):
         return f"row {number + 1}"
 
 
+def _parquet(file: Path) -> ArrowTable:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise TaskError(
+            f'{file}: parquet needs pyarrow: pip install "lowmem-grpo[tasks]"'
+        ) from error
+    try:
+        return ArrowTable(pyarrow.parquet.read_table(file))
+    except pyarrow.ArrowException as error:
+        raise TaskError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error
+
+
 _KINDS = {
     ".jsonl": _JsonLines,
     ".ndjson": _JsonLines,
     ".json": _JsonLines,
     ".csv": _Csv,
-    ".parquet": _Parquet,
+    ".parquet": _parquet,
 }
 
 

@@ -31,6 +31,7 @@ def reward():
         (r"\boxed{41}", "42", 0.0),
         ("Paris.", "Paris", 1.0),
         (r"It is \boxed{Paris}", "Paris", 1.0),
+        (r"It is \boxed{\text{Evelyn}}", r"So \boxed{\text{Evelyn}}", 1.0),
         ("London", "Paris", 0.0),
         ("", "42", 0.0),
         ("$\\frac{1}{$ \ud800 \x00", "42", 0.0),

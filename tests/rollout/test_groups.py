@@ -1,5 +1,7 @@
 """Problems to groups: prompts, texts, reasons to stop, and what the random numbers depend on."""
 
+from copy import copy
+
 import pytest
 
 from lowmem_grpo.errors import TaskError
@@ -89,6 +91,14 @@ def test_a_prompt_longer_than_the_limit_is_named(policy):
     assert len(prompt_ids(policy.tokenizer, PROBLEMS[1], length)) == length
     with pytest.raises(TaskError, match=rf"sum/2 has {length} tokens, the limit is {length - 1}"):
         prompt_ids(policy.tokenizer, PROBLEMS[1], length - 1)
+
+
+def test_the_chat_template_is_given_its_own_settings(policy):
+    tokenizer, shown = policy.tokenizer, copy(policy.tokenizer)
+    shown.chat_template = "{% if think %}1{% endif %}" + tokenizer.chat_template
+    plain = prompt_ids(shown, PROBLEMS[0], 200)
+    assert plain == prompt_ids(tokenizer, PROBLEMS[0], 200)
+    assert prompt_ids(shown, PROBLEMS[0], 200, {"think": True}) == tokenizer("1").input_ids + plain
 
 
 @pytest.mark.parametrize(

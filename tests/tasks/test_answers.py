@@ -12,8 +12,10 @@ from lowmem_grpo.tasks.answers import (
     contains_answer,
     equals_text,
     final_answer,
+    last_boxed,
     last_number,
     parse_number,
+    same_answer,
 )
 
 
@@ -85,6 +87,46 @@ def test_any_text_is_readable(text):
 def test_final_answer_drops_the_worked_solution():
     assert final_answer("2 #### 3 is wrong\n#### 1,234\n") == "1,234"
     assert final_answer(" 12 ") == "12"
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so $\boxed{\frac{1}{2}}$ it is", r"\frac{1}{2}"),
+        (r"\boxed{1} or \boxed{ 2 }.", "2"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{x \}}", r"x \}"),
+        (r"\boxed{3}, that is \boxed{", "3"),
+        (r"{ } } { \fbox{A}", "A"),
+        (r"line\\\boxed{9}", "9"),
+        (r"$\boxed 34$", "34"),
+        (r"\boxes{3} \boxed", None),
+    ],
+)
+def test_the_last_box_that_is_closed(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+def test_final_answer_opens_the_box():
+    assert final_answer(r"2 \boxed{5} #### 3, so \boxed{x^{2}}.") == "x^{2}"
+    assert final_answer(r"\boxed{5} #### 3") == "3"
+    assert final_answer(r"\boxed{}") == r"\boxed{}"  # and not an answer that no text differs from
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("1,042", "1042.0", True),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\!\tfrac{\pi}{2})", True),
+        (r"\text{Evelyn}", "Evelyn", True),
+        (r"\leftarrow x", "arrow x", False),
+        (r"\frac{2}{4}", r"\frac{1}{2}", False),
+        ("12", "21", False),
+    ],
+)
+def test_the_same_answer_however_it_is_spaced(one, other, same):
+    assert same_answer(one, other) is same
 
 
 def test_equals_text():

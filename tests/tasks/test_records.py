@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -178,6 +180,69 @@ def test_strict_lenient_and_default_reward(tmp_path):
     assert words.default_rewards == ("task",)
     assert [words.score(problem, t) for t in (" Paris.", "It is Paris")] == [1.0, 0.0]
     assert words.is_correct_lenient(problem, "it is PARIS!")
+
+
+def test_worked_solutions_with_a_box(tmp_path):
+    rows = [
+        {"problem": "Half of x?", "solution": r"It is $1 \cdot \boxed{\frac{x}{2}}$."},
+        {"problem": "Who?", "solution": r"\boxed{\text{Ann}}"},
+    ]
+    columns = {"prompt_column": "problem", "answer_column": "solution", "eval_fraction": 0}
+    path = write_jsonl(tmp_path / "math.jsonl", rows)
+    task = load(path, shuffle=False, **columns)
+    half, who = task.train_problem(0), task.train_problem(1)
+    assert task.default_rewards == ("math",)
+    assert half.answer == task.reply(half) == rows[0]["solution"]
+    assert task.is_correct_strict(half, task.reply(half))
+    for problem, right in ((half, r"\boxed{\dfrac{x}2}"), (who, r"so \boxed{Ann}.")):
+        assert task.is_correct_lenient(problem, right.replace("}2", "}{2}"))
+        assert task.is_correct_strict(problem, right.replace("}2", "}{2}"))
+    for text in (r"\boxed{\frac{x}{3}}", r"\boxed{", "x/2", ""):
+        assert not task.is_correct_strict(half, text)
+        assert not task.is_correct_lenient(half, text)
+    assert not task.is_correct_strict(who, "I think Ann did.")
+    assert task.is_correct_lenient(who, "It is Ann: \\boxed{Ann }")
+    numbers = [{"prompt": "p", "answer": rf"\boxed{{{i}}}"} for i in range(3)]
+    assert load(write_jsonl(tmp_path / "n.jsonl", numbers)).default_rewards == ("number",)
+    mixed = write_jsonl(tmp_path / "m.jsonl", [*rows, {"problem": "a", "solution": "b"}])
+    assert load(mixed, **columns).default_rewards == ("task",)
+
+
+def test_cells_that_json_does_not_know_are_read_as_text(tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "When?", "at": datetime.date(2020, 1, 2)}],
+        "answer": Decimal("72.50"),
+        "when": datetime.datetime(2020, 1, 2, 3, 4),
+        "raw": b"\xffab",
+        "nan": float("nan"),
+        "nested": [{"price": Decimal("1.10"), "n": 1, "none": None}],
+    }
+    problem = load(write_parquet(tmp_path / "odd.parquet", [row])).train_problem(0)
+    assert problem.answer == "72.50"
+    assert json.loads(json.dumps(problem.fields, allow_nan=False)) == {
+        "when": "2020-01-02T03:04:00",
+        "raw": "\\xffab",
+        "nan": "nan",
+        "nested": [{"price": "1.10", "n": 1, "none": None}],
+    }
+    assert json.dumps(problem.messages)
+    lines = load(write_jsonl(tmp_path / "n.jsonl", [{"prompt": "p", "answer": 1, "x": row["nan"]}]))
+    assert lines.train_problem(0).fields == {"x": "nan"}
+
+
+def test_without_shuffling_every_epoch_has_the_order_of_the_file(hundred):
+    tasks = [load(hundred, seed=seed, shuffle=False) for seed in (0, 1)]
+    size = tasks[0].num_train
+    for task in tasks:
+        answers = [int(task.train_problem(i).answer) for i in range(2 * size)]
+        assert answers[:size] == answers[size:] == sorted(answers[:size])
+
+
+def test_the_path_may_be_a_setting_of_its_own(hundred):
+    settings = TaskOptions(path=str(hundred))
+    assert load_task("records", seed=0, options=settings).train_problem(3) == load(
+        hundred
+    ).train_problem(3)
 
 
 BAD = {
