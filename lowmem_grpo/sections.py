@@ -121,6 +121,8 @@ class RolloutConfig(Section):
     """G, completions of each problem."""
     problems_per_step: Positive = 4
     """B, problems of each step."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Rounds in which groups without a signal are replaced by those of other problems."""
     max_prompt_length: Positive = 512
     """Longest prompt in tokens; a longer one is an error."""
     min_completion_length: Annotated[int, Field(ge=0)] = 0

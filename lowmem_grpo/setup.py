@@ -2,44 +2,35 @@
 rewards.
 """
 
-from collections import Counter
-from collections.abc import Collection
 from dataclasses import fields
-from math import nan
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
-from lowmem_grpo.grpo.objective import Objective, rollout_weights
+from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer
-from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
-from lowmem_grpo.rewards import Reward, Scores, load_rewards, score
+from lowmem_grpo.rewards import Reward, load_rewards
 from lowmem_grpo.rollout.groups import prompt_ids
 from lowmem_grpo.rollout.sampling import Sampling
-from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
 
 __all__ = [
     "adapter_settings",
-    "advantages",
     "check_prompts",
     "choose",
     "evaluation_settings",
-    "judge",
     "open_optimizer",
     "open_policy",
     "open_rewards",
     "open_task",
-    "pack_groups",
     "sampling_of",
     "update_settings",
 ]
@@ -175,7 +166,8 @@ def check_prompts(task: Task, config: Config) -> None:
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     batches = -(-config.run.steps // config.grpo.num_iterations)
-    for index in range(batches * config.rollout.problems_per_step):
+    rounds = 1 + config.rollout.dynamic_sampling
+    for index in range(batches * config.rollout.problems_per_step * rounds):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every:
         for problem in task.eval_problems(config.eval.num_problems):
@@ -189,72 +181,3 @@ def open_rewards(config: Config, task: Task) -> list[Reward]:
         memory_bytes=int(r.memory_gib * 2**30), network=r.network, writable=tuple(r.writable)
     )
     return load_rewards(r.functions, r.weights, task, timeout=r.timeout, limits=limits)
-
-
-def judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
-    """Write rewards and advantages into the groups. Raises RewardError as configured."""
-    texts = [rollout.text for group in groups for rollout in group.rollouts]
-    ids = [rollout.completion_ids for group in groups for rollout in group.rollouts]
-    problems = [group.problem for group in groups for _ in group.rollouts]
-    on_error = config.rewards.on_error
-    scores = score(rewards, texts, problems, ids, stop_on_failure=on_error == "stop")
-    dropped = scores.failed if on_error == "drop" else set()
-    found = advantages(scores, rewards, config, dropped)
-    size = config.rollout.num_generations
-    for i, group in enumerate(groups):
-        places = range(i * size, (i + 1) * size)
-        group.rewards = [scores.total[place] for place in places]
-        group.rewards_by_name = {
-            name: [values[place] for place in places] for name, values in scores.by_name.items()
-        }
-        group.failures = {
-            name: dict(Counter(failed[place].reason for place in places if place in failed))
-            for name, failed in scores.failures.items()
-        }
-        group.dropped = [place in dropped for place in places]
-        group.advantages = found[i]
-
-
-def advantages(
-    scores: Scores, rewards: list[Reward], config: Config, dropped: Collection[int] = ()
-) -> list[list[float]]:
-    """The advantages of each group of scored rollouts as configured; 0 for those `dropped`."""
-    shape = -1, config.rollout.num_generations
-    gone = torch.zeros(len(scores.total), dtype=torch.bool)
-    gone[list(dropped)] = True
-
-    def rewards_of(values: list[float | None]) -> torch.Tensor:
-        found = [nan if value is None else value for value in values]
-        return torch.tensor(found, dtype=torch.float64).masked_fill(gone, nan).view(shape)
-
-    if config.grpo.multi_objective_aggregation == "normalize_then_sum":
-        rewards_FBG = torch.stack([rewards_of(scores.by_name[reward.name]) for reward in rewards])
-        weights_F = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
-        return gdpo_advantages(rewards_FBG, weights_F).tolist()
-    rewards_BG = rewards_of(scores.total)
-    return group_advantages(rewards_BG, config.grpo.scale_rewards, config.grpo.baseline).tolist()
-
-
-def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
-    """The micro-batches of scored groups as configured."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    dropped = [gone for group in groups for gone in group.dropped] or [False] * len(rollouts)
-    kept = [rollout for rollout, gone in zip(rollouts, dropped, strict=True) if not gone]
-    cut = [rollout.finish_reason == "length" for rollout in kept]
-    found = rollout_weights(
-        [len(rollout.completion_ids) for rollout in kept],
-        config.grpo.loss_type,
-        config.rollout.max_completion_length,
-        cut if config.grpo.mask_truncated_completions else (),
-    )
-    remaining = iter(found)
-    weights = [0.0 if gone else next(remaining) for gone in dropped]
-    return pack(
-        groups,
-        weights,
-        max_tokens=config.memory.micro_batch_tokens,
-        min_completion_length=config.rollout.min_completion_length,
-        # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its
-        # advantage.
-        skip_zero_advantage=config.grpo.beta == 0 == config.grpo.entropy_coef,
-    )

@@ -17,6 +17,14 @@ from pathlib import Path
 
 import torch
 
+from lowmem_grpo.batch import (
+    complete,
+    judge,
+    most_tokens,
+    pack_groups,
+    roll_out,
+    set_advantages,
+)
 from lowmem_grpo.config import Config, config_toml
 from lowmem_grpo.grpo.optimizer import learning_rate_at
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
@@ -26,8 +34,7 @@ from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.shapes import met
 from lowmem_grpo.memory.watch import Watch
 from lowmem_grpo.policy.source import resolve
-from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
-from lowmem_grpo.rollout.types import Group
+from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.run.alarms import Alarms
 from lowmem_grpo.run.checkpoint import (
     State,
@@ -45,16 +52,12 @@ from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import (
     check_prompts,
     evaluation_settings,
-    judge,
     open_optimizer,
     open_policy,
     open_rewards,
     open_task,
-    pack_groups,
-    sampling_of,
     update_settings,
 )
-from lowmem_grpo.tasks import Task
 
 __all__ = ["DONE", "STOPPED", "train"]
 
@@ -127,21 +130,22 @@ def train(
                     meter = watch.meter(policy, optimizer, last=state.step + 1 == config.run.steps)
                     begun = time.perf_counter()
 
-                    # ROLLOUT
-                    if state.groups is None:
-                        with meter.phase("rollout"):
-                            state.groups = _roll_out(policy, task, config, state.batch, console)
-                        policy.release()
-                        state.batch, state.iteration = state.batch + 1, 0
+                    # ROLLOUT, REWARD: again, while groups make way for others
+                    sampled = []
+                    while not complete(state, config) and not stop.requested:
+                        if state.groups is None or all(group.rewards for group in state.groups):
+                            with (
+                                meter.phase("rollout"),
+                                console.progress("rollout", most_tokens(config)) as advance,
+                            ):
+                                sampled.append(roll_out(state, policy, task, config, advance))
+                            policy.release()
+                        else:
+                            with meter.phase("reward"):
+                                judge(state.groups, rewards, config)
                     if stop.requested:
                         break
-
-                    # REWARD
-                    if not state.groups[0].rewards:
-                        with meter.phase("reward"):
-                            judge(state.groups, rewards, config)
-                    if stop.requested:
-                        break
+                    set_advantages(state.groups, rewards, config)
 
                     # REFERENCE
                     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
@@ -190,6 +194,7 @@ def train(
                         step=state.step + 1,
                         iteration=state.iteration,
                         groups=state.groups,
+                        away=(state.groups_away, state.tokens_away),
                         stats=stats,
                         skipped=sum(len(g.rollouts) for g in state.groups) - trained,
                         grad_norm=grad_norm,
@@ -199,7 +204,7 @@ def train(
                     )
                     if state.iteration == 0:
                         metrics.write_rollouts(state.step + 1, state.groups)
-                    shapes = met(state.groups, batches, config)
+                    shapes = met(sampled or [state.groups], batches, config)
                     state.step, state.iteration = state.step + 1, state.iteration + 1
                     if state.iteration == config.grpo.num_iterations:
                         state.groups = None
@@ -235,26 +240,6 @@ def train(
         watch.end()
         console.say(f"done: {state.step} steps, adapter in {run / 'adapter'}")
     return DONE
-
-
-def _roll_out(policy, task: Task, config: Config, batch: int, console: Console) -> list[Group]:
-    r = config.rollout
-    first = batch * r.problems_per_step
-    problems = [task.train_problem(first + i) for i in range(r.problems_per_step)]
-    most = r.problems_per_step * r.num_generations * r.max_completion_length
-    with console.progress("rollout", most) as advance:
-        return sample_groups(
-            policy,
-            problems,
-            num_generations=r.num_generations,
-            sampling=sampling_of(config, "rollout"),
-            seed=config.run.seed,
-            step=batch,
-            max_prompt_length=r.max_prompt_length,
-            batch_size=config.memory.rollout_batch_size,
-            chat_template_kwargs=config.model.chat_template_kwargs,
-            advance=advance,
-        )
 
 
 def _evaluate(

@@ -58,8 +58,18 @@ def longest(config: Config, padded: bool = False) -> Shapes:
     return Shapes(wave(config), fullest(config, padded), held_out)
 
 
-def met(groups: list[Group], batches: list[PackedBatch], config: Config) -> Shapes:
-    """The shapes of a step that was taken, as far as they matter."""
+def met(rounds: list[list[Group]], batches: list[PackedBatch], config: Config) -> Shapes:
+    """The shapes of a step that was taken, as far as they matter. `rounds`: the groups that were
+    sampled together.
+    """
+    waves = [_wave_of(groups, config) for groups in rounds]
+    largest = max(waves, key=lambda wave: sum(wave.prompts) + len(wave.prompts) * wave.rows)
+    rollout = largest._replace(tokens=max(wave.tokens for wave in waves))
+    heaviest = sorted(batches, key=lambda batch: (-batch.tokens, -len(batch.members)))
+    return Shapes(rollout, tuple(_lengths(batch) for batch in heaviest[:MOST_BATCHES]))
+
+
+def _wave_of(groups: list[Group], config: Config) -> Wave:
     size = config.memory.rollout_batch_size
     rows = min(len(groups[0].rollouts), size)
     together = max(1, min(size // rows, len(groups)))
@@ -67,9 +77,7 @@ def met(groups: list[Group], batches: list[PackedBatch], config: Config) -> Shap
     start = max(range(0, len(groups), together), key=lambda at: sum(prompts[at : at + together]))
     tokens = max(len(r.completion_ids) for group in groups for r in group.rollouts)
     capacity = config.rollout.max_completion_length
-    rollout = Wave(tuple(prompts[start : start + together]), rows, tokens, capacity)
-    heaviest = sorted(batches, key=lambda batch: (-batch.tokens, -len(batch.members)))
-    return Shapes(rollout, tuple(_lengths(batch) for batch in heaviest[:MOST_BATCHES]))
+    return Wave(tuple(prompts[start : start + together]), rows, tokens, capacity)
 
 
 def wave(config: Config) -> Wave:

@@ -56,13 +56,14 @@ def sample_groups(
     sampling: Sampling,
     seed: int,
     step: int,
+    first_place: int = 0,
     max_prompt_length: int,
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Group]:
     """Sample `num_generations` completions of each problem from the policy as it is now (adapters
-    on).
+    on). `first_place`: groups that the step has already; each place has random numbers of its own.
     """
     prompts = [
         prompt_ids(policy.tokenizer, problem, max_prompt_length, chat_template_kwargs)
@@ -76,7 +77,7 @@ def sample_groups(
                 for i in range(num_generations)
             ],
         )
-        for place, prompt in enumerate(prompts)
+        for place, prompt in enumerate(prompts, first_place)
     ]
     with policy.as_sampler():
         completions = sample(

@@ -45,6 +45,9 @@ class Group:
     failures: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: list[bool] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.dropped = self.dropped or [False] * len(self.rollouts)
+
     @property
     def has_reference(self) -> bool:
         """Whether the reference has been asked (of rollouts that do not count it is not)."""

@@ -44,15 +44,20 @@ _FREE_KEYS = {
 
 @dataclass
 class State:
-    """`step`: optimizer steps done. `batch`: batches of groups begun. `groups`: the batch in hand,
-    or None.
+    """`step`: optimizer steps done. `batch`: batches begun. `problems`: problems drawn. `groups`:
+    the batch in hand, or None.
 
-    `iteration`: optimizer steps already taken on the batch in hand.
+    Of the batch in hand: `iteration`, optimizer steps already taken on it; `rounds` of sampling;
+    `groups_away` and their `tokens_away`, groups that made way for others.
     """
 
     step: int = 0
     batch: int = 0
+    problems: int = 0
     iteration: int = 0
+    rounds: int = 0
+    groups_away: int = 0
+    tokens_away: int = 0
     groups: list[Group] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -123,13 +128,12 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
     moments = _read_tensors(path / "optimizer.safetensors")
     load_optimizer_state(optimizer, list(policy.adapter_parameters()), moments)
     groups = document["groups"]
-    return State(
-        step=document["step"],
-        batch=document["batch"],
-        iteration=document["iteration"],
-        scaler=document["scaler"],
-        groups=None if groups is None else [_group(g) for g in groups],
-    )
+    # Of a checkpoint from before there was dynamic sampling: as many as the batches had.
+    each = document["config"]["rollout"]["problems_per_step"]
+    older = {"problems": document["batch"] * each, "rounds": 1, "groups_away": 0, "tokens_away": 0}
+    numbers = {name: document[name] for name in ("step", "batch", "iteration", "scaler")}
+    numbers |= {name: document.get(name, value) for name, value in older.items()}
+    return State(**numbers, groups=None if groups is None else [_group(g) for g in groups])
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:

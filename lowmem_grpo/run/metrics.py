@@ -19,6 +19,7 @@ def step_record(
     step: int,
     iteration: int,
     groups: list[Group],
+    away: tuple[int, int],
     stats: UpdateStats,
     skipped: int,
     grad_norm: float,
@@ -32,6 +33,7 @@ def step_record(
     first iteration on a batch, before the update; later the policy has moved, and it is None. None
     also stands for what was not computed: `kl` without a reference, token means when no rollout
     took part. `constant_rewards`: functions that gave every completion one value.
+    `away`: groups that made way for others, and their tokens; nothing else counts them.
     `reward_failures`: scores that failed, by function and reason; means are without them, and
     `reward_mean` and `reward_std` without the `dropped_rollouts` (unless that leaves none).
     `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
@@ -70,7 +72,9 @@ def step_record(
         "sampler_kl": stats.mean("sampler_kl") if first else None,
         "completion_length_mean": fmean(lengths),
         "completion_truncated_fraction": fmean(r.finish_reason == "length" for r in rollouts),
-        "tokens_generated": sum(lengths) if first else 0,
+        "tokens_generated": sum(lengths) + away[1] if first else 0,
+        "groups_replaced": away[0] if first else 0,
+        "tokens_replaced": away[1] if first else 0,
         "tokens_trained": stats.tokens_scored,
         "tokens_trunk": stats.tokens_trunk,
         "skipped_rollouts": skipped,

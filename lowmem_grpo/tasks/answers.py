@@ -68,6 +68,13 @@ def last_boxed(text: str) -> str | None:
     return found
 
 
+def last_tagged(text: str) -> str | None:
+    """What is in the last <answer>...</answer> of `text`, or None."""
+    before, end, _ = text.rpartition("</answer>")
+    _, start, inside = before.rpartition("<answer>")
+    return inside if end and start else None
+
+
 def final_answer(answer: str) -> str:
     """A reference answer without its worked solution: what follows the last "####", and of that
     what is in its last \\boxed{}; or all.

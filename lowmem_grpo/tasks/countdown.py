@@ -19,6 +19,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from lowmem_grpo.errors import TaskError
+from lowmem_grpo.tasks.answers import last_tagged
 from lowmem_grpo.tasks.base import (
     Problem,
     Task,
@@ -32,7 +33,6 @@ from lowmem_grpo.tasks.expressions import Expression, last_expression, parse_exp
 
 HELD_OUT_ONE_IN = 5
 FORM_SCORE = 0.1
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _RANGE = re.compile(r"([2-6])(?:-([2-6]))?")
 # Draws without a new problem that say that there are no more.
 _STALL = 10_000
@@ -156,10 +156,10 @@ def _held_out(numbers: tuple[int, ...]) -> bool:
 
 
 def _tagged(problem: Problem, text: str) -> Expression | None:
-    tagged = _TAGGED.findall(text)
-    if not tagged:
+    tagged = last_tagged(text)
+    if tagged is None:
         return None
-    left, equals, right = tagged[-1].partition("=")
+    left, equals, right = tagged.partition("=")
     if equals and right.strip() != str(problem.fields["target"]):
         return None
     return parse_expression(left)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _LONGEST = 200
+_TAIL = 2000
 _CHARACTERS = re.compile(r"[0-9+\-*/() ]+")
 # From a digit, sign or parenthesis to a digit or parenthesis, on one line.
 _RUN = re.compile(r"[-(]?[0-9(][0-9+\-*/() ]*[0-9)]")
@@ -43,9 +44,9 @@ def parse_expression(text: str) -> Expression | None:
 def last_expression(text: str) -> Expression | None:
     """The last expression in `text` with an operation in it, whatever surrounds it (an equation
     counts with its left side), or None. Multiplication and division may be written as in print or
-    TeX.
+    TeX. Only the last 2000 characters are read.
     """
-    text = text.translate(_WRITTEN)
+    text = text[-_TAIL:].translate(_WRITTEN)  # the search takes the square of what it reads
     for written, sign in _TEX:
         text = text.replace(written, sign)
     for run in reversed(_RUN.findall(text)):

@@ -13,19 +13,17 @@ Where a generator has fewer different questions than are asked for, `eval_proble
 from __future__ import annotations
 
 import importlib.util
-import re
 from typing import Any
 
 from lowmem_grpo.errors import TaskError, UserError
 from lowmem_grpo.isolation.worker import Failure, Worker, WorkerFailure, WorkerSetupError
-from lowmem_grpo.tasks.answers import contains_answer
+from lowmem_grpo.tasks.answers import contains_answer, last_tagged
 from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat
 
 _DRAW_LIMIT_S = 120.0
 _SCORE_LIMIT_S = 10.0
 # So many positions without a question that is new mean that the generator has no more.
 _STALL = 600
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class ReasoningGym(Task):
@@ -84,12 +82,11 @@ class ReasoningGym(Task):
 
     def score(self, problem: Problem, text: str) -> float | Failure:
         """The package's score, mostly from 0 to 1. Its scorer may take 10 s."""
-        tagged = _TAGGED.findall(text)
+        tagged = last_tagged(text)
         block, position = problem.fields["gym_address"]
         request = {"op": "score", "block": block, "position": position}
-        return self._worker.score(
-            request | {"text": (tagged[-1] if tagged else text).strip()}, _SCORE_LIMIT_S
-        )
+        answer = text if tagged is None else tagged
+        return self._worker.score(request | {"text": answer.strip()}, _SCORE_LIMIT_S)
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """The package's scorer gives full marks."""

@@ -149,7 +149,7 @@ def test_the_shapes_of_a_step_that_was_taken(tmp_path):
     config = configured(tmp_path, memory__rollout_batch_size=4)
     groups = make_groups([(5, [4, 2, 1, 4]), (9, [3, 3, 3, 3]), (2, [1, 1, 1, 6])], vocab=50)
     batches = pack(groups, [0.1] * 12, max_tokens=24)
-    shapes = met(groups, batches, config)
+    shapes = met([groups], batches, config)
     assert shapes.rollout == Wave((9,), 4, 6, 256)
     lengths = {
         (len(group.prompt_ids), tuple(len(r.completion_ids) for r in group.rollouts))
@@ -158,7 +158,8 @@ def test_the_shapes_of_a_step_that_was_taken(tmp_path):
     assert {group for batch in shapes.batches for group in batch} == lengths
     assert shapes.evaluation is None
     wider = configured(tmp_path, memory__rollout_batch_size=8)
-    assert met(groups, batches, wider).rollout.prompts == (5, 9)
+    assert met([groups], batches, wider).rollout.prompts == (5, 9)
+    assert met([groups[:1], groups[2:]], batches, wider).rollout == Wave((5,), 4, 6, 256)
 
 
 def test_a_comparison_that_fails_does_not_end_the_run(tiny_model_dir, tmp_path, monkeypatch):

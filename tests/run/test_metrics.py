@@ -30,6 +30,7 @@ def record(**changes):
     settings = {
         "step": 1, "iteration": 0, "groups": groups, "stats": stats, "skipped": 2, "grad_norm": 1.0,
         "adapter_change": 0.1, "learning_rate": 1e-3, "meter": Meter(torch.device("cpu")),
+        "away": (1, 5),
     }  # fmt: skip
     return step_record(**{**settings, **changes})
 
@@ -45,7 +46,8 @@ def test_means():
     assert found["kl"] is None  # there was no reference
     assert found["completion_length_mean"] == 3.0
     assert found["completion_truncated_fraction"] == 0.5
-    assert found["tokens_generated"] == 12
+    assert found["tokens_generated"] == 12 + 5
+    assert (found["groups_replaced"], found["tokens_replaced"]) == (1, 5)
     assert found["skipped_rollouts"] == 2
 
 

@@ -14,6 +14,7 @@ from lowmem_grpo.tasks.answers import (
     final_answer,
     last_boxed,
     last_number,
+    last_tagged,
     parse_number,
     same_answer,
 )
@@ -145,3 +146,18 @@ def test_contains_answer():
     assert not contains_answer("a dog", "A")
     assert contains_answer("f(x)? yes: C++", "C++")
     assert not contains_answer("anything", " ")
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("<answer>1</answer> no: <answer> 2\n</answer>.", " 2\n"),
+        ("<answer>1</answer> <answer>2", "1"),
+        ("<answer><answer>3</answer>", "3"),
+        ("</answer>4<answer>", None),
+        ("5", None),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_the_last_answer_in_tags(text, inside):
+    assert last_tagged(text) == inside
