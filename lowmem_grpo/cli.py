@@ -14,6 +14,7 @@ from lowmem_grpo import __version__
 from lowmem_grpo.cli_machine import doctor, model, profiles
 from lowmem_grpo.cli_memory import memory, plan
 from lowmem_grpo.cli_options import (
+    BEST,
     JSON,
     QUIET,
     SHAPE,
@@ -74,7 +75,7 @@ for command in (doctor, memory, model, plan, profiles):
     "--reward",
     "rewards",
     multiple=True,
-    help="number, math, task, format:REGEX or FILE.py:function; repeatable.",
+    help="number, math, task, FILE.py:function, ... (see the README); repeatable.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
@@ -119,11 +120,12 @@ def train(
         setting("--max-completion-length", "eval.max_completion_length", int, help="In tokens."),
     )
 )
+@BEST
 @click.option("--base", is_flag=True, help="The base as well, on the same problems.")
 @click.option("--show", type=int, default=0, help="Print that many completions.")
 @JSON
 @QUIET
-def evaluate(target, profile, assignments, base, show, as_json, quiet, **flags) -> None:
+def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **flags) -> None:
     """pass@1 on held-out problems, strict and lenient; of several completions pass@k and maj@k."""
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.card import machine_card
@@ -134,7 +136,7 @@ def evaluate(target, profile, assignments, base, show, as_json, quiet, **flags) 
     from lowmem_grpo.setup import evaluation_settings, open_policy, open_task
 
     console = Console(quiet=quiet or as_json)
-    config, adapter = read_target(target, profile, assignments, flags, console.say)
+    config, adapter = read_target(target, profile, assignments, flags, console.say, best)
     config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     task = open_task(config)
     policy = open_policy(config, console.say, adapter=adapter)
@@ -177,8 +179,9 @@ def evaluate(target, profile, assignments, base, show, as_json, quiet, **flags) 
         setting("--seed", "run.seed", int, help="Of sampling."),
     )
 )
+@BEST
 @QUIET
-def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
+def sample(target, prompt, count, profile, assignments, best, quiet, **flags) -> None:
     """Look at completions of PROMPT, or of a held-out problem."""
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.card import machine_card
@@ -190,7 +193,7 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
     from lowmem_grpo.tasks.base import Problem, chat
 
     console = Console(quiet=quiet)
-    config, adapter = read_target(target, profile, assignments, flags, console.say)
+    config, adapter = read_target(target, profile, assignments, flags, console.say, best)
     if prompt is None:
         problem = open_task(config).eval_problems(1)[0]
     else:
@@ -230,8 +233,9 @@ def sample(target, prompt, count, profile, assignments, quiet, **flags) -> None:
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="A new or empty directory."
 )
+@BEST
 @QUIET
-def export(run: str, kind: str, output: Path, quiet: bool) -> None:
+def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
     """Take a trained adapter out of a run, in PEFT's format or merged into a 16-bit model."""
     from lowmem_grpo.run.card import model_card
     from lowmem_grpo.run.export import (
@@ -242,11 +246,12 @@ def export(run: str, kind: str, output: Path, quiet: bool) -> None:
     )
 
     source = Path(run)
-    adapter = adapter_directory(source)
+    adapter = adapter_directory(source, best)
     config = read_config(str(source / "config.toml"), None, (), {})
     step = exported_step(adapter)
     if kind == "adapter":
-        click.echo(f"{output}: adapter from {export_adapter(source, output)}")
+        export_adapter(adapter, output)
+        click.echo(f"{output}: adapter from {adapter}")
         (output / "README.md").write_text(model_card(source, config, "LoRA adapter", step))
         return
     from lowmem_grpo.rollout.groups import prompt_ids

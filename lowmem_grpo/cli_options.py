@@ -74,7 +74,13 @@ TRAIN = (
         "--save-every", "run.save_every", int, help="Steps between checkpoints; 0: at the end only."
     ),
     setting("--eval-every", "eval.every", int, help="Steps between evaluations; 0: never."),
+    setting(
+        "--metric-for-best",
+        "eval.metric_for_best",
+        help="strict_accuracy or lenient_accuracy: keep the adapter that is best by it.",
+    ),
 )
+BEST = click.option("--best", is_flag=True, help="The run's best adapter, by --metric-for-best.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Errors and results only.")
 
@@ -135,12 +141,17 @@ def read_target(
     assignments: tuple[str, ...],
     flags: dict[str, Any],
     say: Callable[[str], None] = lambda text: None,
+    best: bool = False,
 ) -> tuple[Config, Path | None]:
     """The configuration of a run and its adapter, or that of a plain model and None."""
+    from lowmem_grpo.errors import ConfigError
     from lowmem_grpo.run.export import adapter_directory
 
     saved = Path(target) / "config.toml"
     if saved.is_file():
-        return read_config(str(saved), None, assignments, flags), adapter_directory(Path(target))
+        adapter = adapter_directory(Path(target), best)
+        return read_config(str(saved), None, assignments, flags), adapter
+    if best:
+        raise ConfigError(f"--best: {target} is not a run")
     flags = {"model__name": target, **flags}
     return read_config(None, profile, assignments, flags, say), None

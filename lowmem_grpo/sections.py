@@ -285,6 +285,8 @@ class EvalConfig(Section):
     """Held-out problems of an evaluation; all there are, if fewer."""
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate every so many steps during training; 0: never."""
+    metric_for_best: Literal["strict_accuracy", "lenient_accuracy"] | None = None
+    """Keep the adapter of the evaluation during training that is best by it, in OUTPUT/best."""
     max_completion_length: Positive | None = None
     """Longest completion of an evaluation; rollout.max_completion_length when left out."""
     num_generations: Positive = 1
@@ -299,6 +301,15 @@ class EvalConfig(Section):
     """Drop tokens below that fraction of the likeliest."""
     batch_size: Positive | Auto = "auto"
     """Completions decoded at once; auto leaves it to the memory plan."""
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> EvalConfig:
+        if self.metric_for_best and not self.every:
+            raise ValueError(
+                f"eval.metric_for_best = {self.metric_for_best} compares evaluations during "
+                "training: say how often with --eval-every N"
+            )
+        return self
 
     @model_validator(mode="after")
     def _not_the_same_again(self) -> EvalConfig:

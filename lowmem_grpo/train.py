@@ -36,6 +36,7 @@ from lowmem_grpo.memory.watch import Watch
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.run.alarms import Alarms
+from lowmem_grpo.run.best import Best
 from lowmem_grpo.run.checkpoint import (
     State,
     check_same_mathematics,
@@ -113,10 +114,22 @@ def train(
         for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
             run.rewind(name, state.step)
         alarms = Alarms(run.lines("metrics.jsonl"))
+        best = Best(run, config.eval.metric_for_best)
 
         def save() -> Path:
             state.scaler = scaler.state_dict() if scaler is not None else {}
             return save_checkpoint(run, state, policy, optimizer, config, base_name)
+
+        def hold_out() -> None:
+            with console.progress("evaluation", None) as advance:
+                found = evaluate(policy, task, **evaluation_settings(config), advance=advance)
+            policy.release()
+            summary = found.summary()
+            metrics.write_evaluation(state.step, summary)
+            kept = best.offer(state.step, summary, policy, base_name)
+            console.say(
+                f"held out after step {state.step}: {found.line()}" + (", kept" if kept else "")
+            )
 
         with MetricsWriter(
             run, tensorboard=config.run.tensorboard, log_rollouts=config.run.log_rollouts
@@ -125,7 +138,7 @@ def train(
             save_seconds = 0.0
             try:
                 if config.eval.every and state.step == 0 and state.groups is None:
-                    _evaluate(policy, task, config, 0, metrics, console)
+                    hold_out()
                 while state.step < config.run.steps and not stop.requested:
                     meter = watch.meter(policy, optimizer, last=state.step + 1 == config.run.steps)
                     begun = time.perf_counter()
@@ -219,7 +232,7 @@ def train(
                     # EVAL, SAVE: last, so that a checkpoint never lacks its own step's lines
                     last = state.step == config.run.steps
                     if config.eval.every and (last or state.step % config.eval.every == 0):
-                        _evaluate(policy, task, config, state.step, metrics, console)
+                        hold_out()
                     if config.run.save_every and state.step % config.run.save_every == 0:
                         begun = time.perf_counter()
                         save()
@@ -240,13 +253,3 @@ def train(
         watch.end()
         console.say(f"done: {state.step} steps, adapter in {run / 'adapter'}")
     return DONE
-
-
-def _evaluate(
-    policy, task, config: Config, step: int, metrics: MetricsWriter, console: Console
-) -> None:
-    with console.progress("evaluation", None) as advance:
-        found = evaluate(policy, task, **evaluation_settings(config), advance=advance)
-    policy.release()
-    metrics.write_evaluation(step, found.summary())
-    console.say(f"held out after step {step}: {found.line()}")

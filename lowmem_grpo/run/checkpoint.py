@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_grpo.errors import ConfigError, ModelError
 from lowmem_grpo.grpo.optimizer import load_optimizer_state, optimizer_state
 from lowmem_grpo.rollout.types import Group, Rollout
-from lowmem_grpo.run.directory import RunDirectory, sync_directory, write_atomic
+from lowmem_grpo.run.directory import RunDirectory, replace_directory, sync_directory, write_atomic
 from lowmem_grpo.tasks.base import Problem
 
 __all__ = [
@@ -86,12 +86,7 @@ def save_checkpoint(
         "config": config.model_dump(mode="json"),
     }
     write_atomic(partial / "state.json", json.dumps(document, allow_nan=False))
-    replaced = folder / f".{target.name}.replaced"
-    if target.exists():
-        target.rename(replaced)
-    partial.rename(target)
-    sync_directory(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    replace_directory(partial, target)
     for old in _complete(folder)[: -config.run.keep_last]:
         shutil.rmtree(old)
     return target

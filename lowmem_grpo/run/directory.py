@@ -16,7 +16,10 @@ from filelock import FileLock, Timeout
 
 from lowmem_grpo.errors import ConfigError
 
-__all__ = ["RunDirectory", "check_directory", "read_lines", "sync_directory", "write_atomic"]
+__all__ = [
+    "RunDirectory", "check_directory", "read_lines", "replace_directory", "sync_directory",
+    "write_atomic",
+]  # fmt: skip
 
 
 class RunDirectory:
@@ -122,6 +125,16 @@ def write_atomic(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync_directory(path.parent)
+
+
+def replace_directory(partial: Path, target: Path) -> None:
+    """Put a complete directory in the place of `target`, which may be there."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -1,0 +1,48 @@
+"""The best adapter of a run, by its evaluations on held-out problems: OUTPUT/best, in PEFT's
+format, with best.json beside it, from which a resumed run goes on comparing.
+
+Of equally good ones the first is kept, so the base itself where training never beat it.
+"""
+
+import json
+import shutil
+from typing import Any
+
+from lowmem_grpo.run.checkpoint import save_adapter
+from lowmem_grpo.run.directory import RunDirectory, replace_directory, write_atomic
+
+__all__ = ["BEST", "Best"]
+
+BEST = "best"
+
+
+class Best:
+    """`metric`: the name of a value in an evaluation's summary, of which more is better; None keeps
+    nothing.
+    """
+
+    def __init__(self, run: RunDirectory, metric: str | None):
+        self._run, self._metric = run, metric
+        self._most = None
+        file = run / BEST / "best.json"
+        if file.is_file():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            self._most = kept["value"] if kept["metric"] == metric else None
+
+    def offer(self, step: int, summary: dict[str, Any], policy, base_name: str) -> bool:
+        """The adapters as they are now, after `step`, had this evaluation. Whether they were
+        kept.
+        """
+        if self._metric is None:
+            return False
+        value = summary[self._metric]
+        if self._most is not None and value <= self._most:
+            return False
+        partial = self._run / f".{BEST}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(partial, policy, base_name)
+        document = {"step": step, "metric": self._metric, "value": value}
+        write_atomic(partial / "best.json", json.dumps(document))
+        replace_directory(partial, self._run / BEST)
+        self._most = value
+        return True
