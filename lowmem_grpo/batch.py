@@ -15,6 +15,7 @@ from math import nan
 import torch
 
 from lowmem_grpo.config import Config
+from lowmem_grpo.curriculum import chosen
 from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
 from lowmem_grpo.grpo.objective import rollout_weights
 from lowmem_grpo.grpo.packing import PackedBatch, pack
@@ -65,9 +66,11 @@ def roll_out(
     kept = [group for group in before.groups if has_signal(group, config)]
     away = [group for group in before.groups if not has_signal(group, config)]
     count = r.problems_per_step - len(kept)
+    seen = count * r.curriculum
+    problems = [task.train_problem(before.problems + i) for i in range(seen)]
     new = sample_groups(
         policy,
-        [task.train_problem(before.problems + i) for i in range(count)],
+        chosen(problems, count, before.rates, r.curriculum_field),
         num_generations=r.num_generations,
         sampling=sampling_of(config, "rollout"),
         seed=config.run.seed,
@@ -82,7 +85,7 @@ def roll_out(
     after = replace(
         before,
         groups=kept + new,
-        problems=before.problems + count,
+        problems=before.problems + seen,
         rounds=before.rounds + 1,
         groups_away=before.groups_away + len(away),
         tokens_away=before.tokens_away
@@ -99,9 +102,9 @@ def has_signal(group: Group, config: Config) -> bool:
     return len(set(_there(group, group.rewards))) > 1
 
 
-def judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
-    """Write the rewards of groups that have none into them. Raises RewardError as configured."""
-    groups = [group for group in groups if not group.rewards]
+def judge(state: State, rewards: list[Reward], config: Config) -> None:
+    """Score the groups in hand that have no rewards yet. Raises RewardError as configured."""
+    groups = [group for group in state.groups if not group.rewards]
     texts = [rollout.text for group in groups for rollout in group.rollouts]
     ids = [rollout.completion_ids for group in groups for rollout in group.rollouts]
     problems = [group.problem for group in groups for _ in group.rollouts]
@@ -120,6 +123,8 @@ def judge(groups: list[Group], rewards: list[Reward], config: Config) -> None:
         }
         group.dropped = [place in dropped for place in places]
         group.rewards = [scores.total[place] for place in places]
+    if config.rollout.curriculum > 1:
+        state.rates.learn(groups, config.rollout.curriculum_field)
 
 
 def set_advantages(groups: list[Group], rewards: list[Reward], config: Config) -> None:

@@ -123,6 +123,10 @@ class RolloutConfig(Section):
     """B, problems of each step."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     """Rounds in which groups without a signal are replaced by those of other problems."""
+    curriculum: Positive = 1
+    """Problems looked at for each one taken: of several, those passed nearest to half the time."""
+    curriculum_field: str | None = None
+    """A field of the problems that says their level, whose pass rate stands for new ones'."""
     max_prompt_length: Positive = 512
     """Longest prompt in tokens; a longer one is an error."""
     min_completion_length: Annotated[int, Field(ge=0)] = 0

@@ -166,8 +166,8 @@ def check_prompts(task: Task, config: Config) -> None:
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     batches = -(-config.run.steps // config.grpo.num_iterations)
-    rounds = 1 + config.rollout.dynamic_sampling
-    for index in range(batches * config.rollout.problems_per_step * rounds):
+    r = config.rollout
+    for index in range(batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every:
         for problem in task.eval_problems(config.eval.num_problems):

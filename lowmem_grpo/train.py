@@ -155,7 +155,7 @@ def train(
                             policy.release()
                         else:
                             with meter.phase("reward"):
-                                judge(state.groups, rewards, config)
+                                judge(state, rewards, config)
                     if stop.requested:
                         break
                     set_advantages(state.groups, rewards, config)

@@ -87,7 +87,7 @@ def test_failures_are_counted_and_drop_where_they_should():
         config = build_config(
             [("test", {"rewards": {"on_error": on_error}, "rollout": {"num_generations": 2}})]
         )
-        judge(groups, [mine], config)
+        judge(State(groups=groups), [mine], config)
         set_advantages(groups, [mine], config)
         assert groups[0].rewards_by_name == {"mine": [None, 1.0]}
         assert groups[0].failures == {"mine": {"timeout": 1}}
@@ -99,7 +99,7 @@ def test_failures_are_counted_and_drop_where_they_should():
             group.rewards = []
     config = build_config([("test", {"rewards": {"on_error": "stop"}})])
     with pytest.raises(RewardError, match="'mine' failed for 1 of 4"):
-        judge(groups, [mine], config)
+        judge(State(groups=groups), [mine], config)
 
 
 def test_a_batch_is_complete_when_its_groups_are_scored_and_have_a_signal():
@@ -161,3 +161,32 @@ def test_such_a_run_resumes_exactly_and_its_memory_is_as_planned(tiny_model_dir,
     rows = [row for entry in compared for row in entry["comparison"]]
     assert rows
     assert all(abs(row["allocated_deviation"]) < 0.05 for row in rows)
+
+
+def test_a_curriculum_takes_what_is_passed_half_the_time_and_resumes(tiny_model_dir, tmp_path):
+    path = tmp_path / "level.py"
+    path.write_text(
+        "def f(completions, operands, **_):\n"
+        "    # By the last digit: to 2 never right, to 6 by length, then always.\n"
+        "    return [[0.0, float(len(t) % 2), 1.0][(o[0] % 10 + 1) // 4]\n"
+        "            for t, o in zip(completions, operands)]\n"
+    )
+    settings = [
+        "--task",
+        "arithmetic:digits=2",
+        "--reward",
+        f"{path}:f",
+        "--set",
+        "run.log_rollouts=8",
+    ]
+    settings += ["--set", "rollout.curriculum=8", "--set", "rollout.curriculum_field=operands"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(tiny_model_dir, whole, "--steps", "4", *settings)
+    train(tiny_model_dir, part, "--steps", "2", *settings)
+    assert call("train", "--output", part, "--resume", "--steps", "4", "-q").exit_code == 0
+    assert_same_run(whole, part, 4)
+    state = json.loads((part / "checkpoints/step-000004/state.json").read_text())
+    assert state["problems"] == 4 * 2 * 8
+    rates = state["rates"]["known"]
+    assert len([key for key in rates if key.startswith("arithmetic/")]) == 8
+    assert (state["rates"]["low"], state["rates"]["high"]) == (0.0, 1.0)

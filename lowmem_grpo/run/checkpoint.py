@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lowmem_grpo.curriculum import Rates
 from lowmem_grpo.errors import ConfigError, ModelError
 from lowmem_grpo.grpo.optimizer import load_optimizer_state, optimizer_state
 from lowmem_grpo.rollout.types import Group, Rollout
@@ -48,7 +49,8 @@ class State:
     the batch in hand, or None.
 
     Of the batch in hand: `iteration`, optimizer steps already taken on it; `rounds` of sampling;
-    `groups_away` and their `tokens_away`, groups that made way for others.
+    `groups_away` and their `tokens_away`, groups that made way for others. `rates`: see
+    curriculum.py.
     """
 
     step: int = 0
@@ -60,6 +62,7 @@ class State:
     tokens_away: int = 0
     groups: list[Group] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
+    rates: Rates = field(default_factory=Rates)
 
 
 def save_checkpoint(
@@ -80,7 +83,8 @@ def save_checkpoint(
     )
     document = {
         "format": FORMAT,
-        **{k: v for k, v in vars(state).items() if k != "groups"},
+        **{k: v for k, v in vars(state).items() if k not in ("groups", "rates")},
+        "rates": asdict(state.rates),
         "groups": None if state.groups is None else [asdict(group) for group in state.groups],
         "compute_dtype": str(policy.dtype).removeprefix("torch."),
         "config": config.model_dump(mode="json"),
@@ -128,7 +132,10 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
     older = {"problems": document["batch"] * each, "rounds": 1, "groups_away": 0, "tokens_away": 0}
     numbers = {name: document[name] for name in ("step", "batch", "iteration", "scaler")}
     numbers |= {name: document.get(name, value) for name, value in older.items()}
-    return State(**numbers, groups=None if groups is None else [_group(g) for g in groups])
+    rates = Rates(**document.get("rates", {}))
+    return State(
+        **numbers, rates=rates, groups=None if groups is None else [_group(g) for g in groups]
+    )
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
