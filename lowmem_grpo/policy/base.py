@@ -38,6 +38,7 @@ from lowmem_grpo.policy.activations import (
     set_checkpointing,
 )
 from lowmem_grpo.policy.attention import PackedLayout
+from lowmem_grpo.policy.divergence import token_divergence
 from lowmem_grpo.policy.ends import HostTable, RoundedHead, embedding_to_host, round_head
 from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
@@ -221,6 +222,15 @@ class Policy:
             **self.tiles,
         )
 
+    def divergence(self, hidden_ND, reference_ND, **options) -> torch.Tensor:
+        """KL(policy || reference) [N] over the whole vocabulary, by tiles; `options`: see
+        `token_divergence`.
+        """
+        head = self.head_weight_VD
+        return token_divergence(
+            hidden_ND, reference_ND, head, bias_V=self.head_bias_V, **options, **self.tiles
+        )
+
     # --- Adapters
 
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -275,8 +285,15 @@ def attach_adapters(causal_lm, settings: AdapterSettings, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(causal_lm, config, adapter_name=ADAPTER)
+            model = get_peft_model(causal_lm, config, adapter_name=ADAPTER)
         except ValueError as error:
             raise ModelError(
                 f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}"
             ) from error
+    if any("lora_" in name for name, _ in causal_lm.get_output_embeddings().named_parameters()):
+        # The head is read by tiles of its weight, in every role: adapters on it would do nothing.
+        raise ModelError(
+            f"lora.target_modules = {targets!r}: adapters on the output head are not supported, "
+            "which every role shares: leave it out"
+        )
+    return model

@@ -23,7 +23,15 @@ __all__ = [
 ]
 
 
-def open_policy(directory, *, dtype=torch.float32, r=4, tile_tokens=7, tile_vocab=19):
+def open_policy(
+    directory,
+    *,
+    dtype=torch.float32,
+    r=4,
+    tile_tokens=7,
+    tile_vocab=19,
+    target_modules="all-linear",
+):
     """The model of `directory` on the CPU, with adapters away from their start (where B is zero).
 
     The tiles are small and fit nothing evenly.
@@ -33,7 +41,7 @@ def open_policy(directory, *, dtype=torch.float32, r=4, tile_tokens=7, tile_voca
         device="cpu",
         dtype=dtype,
         attention="sdpa",
-        adapters=AdapterSettings(r=r, lora_alpha=2 * r),
+        adapters=AdapterSettings(r=r, lora_alpha=2 * r, target_modules=target_modules),
         seed=0,
         tile_tokens=tile_tokens,
         tile_vocab=tile_vocab,

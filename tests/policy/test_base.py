@@ -227,3 +227,9 @@ def test_unknown_target_modules_are_named(tiny_model_dir):
     settings = AdapterSettings(r=2, lora_alpha=4, target_modules=("q_projection",))
     with pytest.raises(ModelError, match=r"lora.target_modules = \('q_projection',\)"):
         attach_adapters(model, settings, seed=0)
+
+
+def test_adapters_on_the_head_are_refused(tiny_model_dir):
+    # It is read by tiles of its weight, in every role: they would be trained on nothing.
+    with pytest.raises(ModelError, match=r"adapters on the output head are not supported"):
+        open_policy(tiny_model_dir, target_modules=("q_proj", "lm_head"))
