@@ -121,8 +121,10 @@ class GrpoConfig(Section):
 
     beta: Annotated[float, Field(ge=0.0)] = 0.04
     """Weight of the KL penalty towards the reference; 0 skips the reference's forward pass."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL penalty."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
+    """Of the KL penalty, from the token alone; exact sums over the whole vocabulary, in the update,
+    where the reference's forward pass then is.
+    """
     use_bias_correction_kl: bool = False
     """Multiply the KL penalty by the ratio."""
     epsilon: Fraction = 0.2
@@ -185,6 +187,11 @@ class GrpoConfig(Section):
                 "grpo.kl_estimator = k1 has a gradient of zero in the mean, and no penalty: use k2 "
                 "or k3, or grpo.use_bias_correction_kl = true with it"
             )
+        if self.kl_estimator == "exact" and self.use_bias_correction_kl:
+            raise ValueError(
+                "grpo.kl_estimator = exact is no estimate from the sampled token, so there is no "
+                "bias for grpo.use_bias_correction_kl to correct: leave that out"
+            )
         if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
             raise ValueError(f"grpo.delta has no place in grpo.loss_type = {kind}: leave it out")
         if self.multi_objective_aggregation == "normalize_then_sum" and (
@@ -195,6 +202,11 @@ class GrpoConfig(Section):
                 "grpo.scale_rewards and grpo.baseline"
             )
         return self
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference is asked for its log-probs, in a phase before the update."""
+        return self.beta != 0.0 and self.kl_estimator != "exact"
 
     @property
     def upper_epsilon(self) -> float:

@@ -145,7 +145,9 @@ def train(
 
                     # REFERENCE
                     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
-                    if config.grpo.beta and not any(g.has_reference for g in state.groups):
+                    if config.grpo.scores_reference and not any(
+                        g.has_reference for g in state.groups
+                    ):
                         with meter.phase("reference"):
                             batches = pack_groups(state.groups, config)
                             total = sum(batch.tokens for batch in batches)

@@ -85,6 +85,14 @@ def test_malformed_assignments(text):
         ({"grpo": {"delta": 1.0}}, "grpo.delta = 1.0 (from here)"),
         ({"grpo": {"kl_estimator": "k1"}}, "use k2 or k3, or grpo.use_bias_correction_kl"),
         (
+            {"grpo": {"kl_estimator": "exact", "use_bias_correction_kl": True}},
+            "leave that out",
+        ),
+        (
+            {"grpo": {"kl_estimator": "exact"}, "model": {"lm_head_kernels": "triton"}},
+            "use model.lm_head_kernels = torch, or another",
+        ),
+        (
             {
                 "grpo": {
                     "multi_objective_aggregation": "normalize_then_sum",

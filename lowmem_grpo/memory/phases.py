@@ -170,10 +170,9 @@ class Phases:
 
     def _scored(self, config: Config, batches: tuple[Batch, ...], few: bool = False) -> Part:
         m = config.memory
-        beta = 0.0 if few else config.grpo.beta
         how = m.gradient_checkpointing, m.activation_offloading, m.offload_overlap
         tiles = m.mlp_tile_tokens, m.logits_tile_tokens, m.logits_tile_vocab
-        return self._part(self._score, batches, beta, how, tiles, few)
+        return self._part(self._score, batches, how, tiles, few)
 
     def _part(self, run, *shape) -> Part:
         key = run.__name__, self._ends, *shape
@@ -250,18 +249,19 @@ class Phases:
     def _score(
         self,
         batches: tuple[Batch, ...],
-        beta: float,
         how: tuple[bool, bool, bool],
         tiles: tuple[int, int, int],
         few: bool,
     ) -> Part:
         """Reference and update. `how`: checkpointing, offloading, overlapping; `tiles`: tokens of
-        an MLP's, rows and columns of the head's.
+        an MLP's, rows and columns of the head's; `few`: without a reference before the update.
         """
         how = dict(zip(("checkpointing", "offloading", "overlapping"), how, strict=True))
         policy, config = self._policy, self._config
-        settings = update_settings(config)
-        settings |= {"objective": replace(settings["objective"], beta=beta), **how}
+        settings = update_settings(config) | how
+        referred = config.grpo.scores_reference and not few
+        if few and not settings["objective"].exact:
+            settings["objective"] = replace(settings["objective"], beta=0.0)
         policy.set_mlp_tile(tiles[0])
         policy.tiles = {"tile_tokens": tiles[1], "tile_vocab": tiles[2]}
         groups = [groups_of(batch) for batch in batches]
@@ -271,7 +271,7 @@ class Phases:
         with _refused(policy), self._recorder() as recorder:
             if self._cuda:  # on a CPU the host's copies are the device's as well
                 policy.buffers = CountedBuffers(recorder)
-            if beta:
+            if referred:
                 with recorder.phase("reference"):
                     score_reference(policy, packed(groups), scoring)
             with recorder.phase("update"):

@@ -15,6 +15,7 @@ __all__ = [
     "gradients",
     "make_off_policy",
     "move_adapters",
+    "naive_divergence",
     "naive_logprobs",
     "naive_loss",
     "open_policy",
@@ -91,6 +92,19 @@ def naive_logprobs(policy, prompt, completion, *, temperature=1.0, end_ids=(), m
     return logp.gather(1, torch.tensor(completion)[:, None])[:, 0], entropy
 
 
+def naive_divergence(policy, prompt, completion, *, temperature=1.0, end_ids=(), minimum=0):
+    """KL(policy || reference) [C] over the whole vocabulary, by torch's own function."""
+    both = []
+    for role in (policy.as_trainable, policy.as_reference):
+        with role():
+            logits = plain_forward(policy, prompt + completion)[len(prompt) - 1 : -1] / temperature
+        logits = logits.clone()
+        logits[:minimum, list(end_ids)] = -1e30  # not -inf, of which kl_div makes NaN
+        both.append(logits.log_softmax(-1))
+    ours, base = both
+    return torch.nn.functional.kl_div(base, ours, reduction="none", log_target=True).sum(-1)
+
+
 def make_off_policy(policy, groups, scoring, *, spread=0.3, seed=5):
     """Old log-probs near the policy's own, so that ratios lie on both sides of both clips."""
     generator = torch.Generator().manual_seed(seed)
@@ -112,7 +126,9 @@ def naive_loss(policy, groups, objective, *, longest, **scoring_options):
             row = (policy, group.prompt_ids, rollout.completion_ids)
             new, _ = naive_logprobs(*row, **scoring_options)
             ref = None
-            if objective.beta:
+            if objective.exact:
+                ref = naive_divergence(*row, **scoring_options)
+            elif objective.beta:
                 with policy.as_reference():
                     ref, _ = naive_logprobs(*row, **scoring_options)
             old = torch.tensor(rollout.logprobs)

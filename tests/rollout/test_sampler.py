@@ -151,11 +151,11 @@ def test_recorded_log_probs_are_the_trainers(policy, temperature, minimum):
     assert len(batches) > 1
     for batch in batches:
         with policy.as_trainable():
-            logprobs, _ = Scoring(temperature, ends)(policy, batch)
+            logprobs = Scoring(temperature, ends)(policy, batch).logprobs_N
         torch.testing.assert_close(logprobs.detach(), batch.old_logprobs_N, rtol=0, atol=1e-5)
         if minimum:
             with policy.as_trainable():
-                free, _ = Scoring(temperature, ())(policy, batch)
+                free = Scoring(temperature, ())(policy, batch).logprobs_N
             # Were the rule forgotten, the first tokens would score lower.
             assert (batch.old_logprobs_N - free)[batch.no_end_N].min() > 0
 
