@@ -125,6 +125,10 @@ class GrpoConfig(Section):
     """Of the KL penalty, from the token alone; exact sums over the whole vocabulary, in the update,
     where the reference's forward pass then is.
     """
+    use_kl_in_reward: bool = False
+    """Take beta times a completion's KL from its reward (k1, summed over its tokens, as RLOO and
+    PPO do), and nothing in the loss; reward_mean is without it.
+    """
     use_bias_correction_kl: bool = False
     """Multiply the KL penalty by the ratio."""
     epsilon: Fraction = 0.2
@@ -182,7 +186,9 @@ class GrpoConfig(Section):
                 f"grpo.loss_type = {kind} with grpo.importance_sampling_level = {level} is not "
                 f"{kind}: use {other}"
             )
-        if self.kl_estimator == "k1" and self.beta and not self.use_bias_correction_kl:
+        if self.use_kl_in_reward:
+            self._kl_is_a_reward_s()
+        elif self.kl_estimator == "k1" and self.beta and not self.use_bias_correction_kl:
             raise ValueError(
                 "grpo.kl_estimator = k1 has a gradient of zero in the mean, and no penalty: use k2 "
                 "or k3, or grpo.use_bias_correction_kl = true with it"
@@ -202,6 +208,23 @@ class GrpoConfig(Section):
                 "grpo.scale_rewards and grpo.baseline"
             )
         return self
+
+    def _kl_is_a_reward_s(self) -> None:
+        for key, value, way_out in (
+            ("kl_estimator", "exact", "takes k1 of the tokens that were sampled"),
+            ("mask_truncated_completions", True, "asks the reference about every completion"),
+            ("multi_objective_aggregation", "normalize_then_sum", "takes it from their sum"),
+        ):
+            if getattr(self, key) == value:
+                text = str(value).lower()
+                raise ValueError(
+                    f"grpo.use_kl_in_reward = true {way_out}: leave out grpo.{key} = {text}"
+                )
+
+    @property
+    def loss_beta(self) -> float:
+        """Weight of the KL penalty in the loss."""
+        return 0.0 if self.use_kl_in_reward else self.beta
 
     @property
     def scores_reference(self) -> bool:

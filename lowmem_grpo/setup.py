@@ -35,6 +35,7 @@ __all__ = [
     "open_task",
     "pack_groups",
     "sampling_of",
+    "subtract_kl",
     "update_settings",
 ]
 
@@ -108,10 +109,11 @@ def open_optimizer(config: Config, parameters: list):
 
 def update_settings(config: Config) -> dict[str, Any]:
     """What `grpo.update.accumulate` takes of the configuration."""
-    names = {field.name for field in fields(Objective)} - {"epsilon_high"}
-    own = {name: getattr(config.grpo, name) for name in names}
+    grpo = config.grpo
+    names = {field.name for field in fields(Objective)} - {"epsilon_high", "beta"}
+    own = {name: getattr(grpo, name) for name in names}
     return {
-        "objective": Objective(epsilon_high=config.grpo.upper_epsilon, **own),
+        "objective": Objective(epsilon_high=grpo.upper_epsilon, beta=grpo.loss_beta, **own),
         "checkpointing": config.memory.gradient_checkpointing,
         "offloading": config.memory.activation_offloading,
         "overlapping": config.memory.offload_overlap,
@@ -181,6 +183,24 @@ def advantages(scores: Scores, rewards: list[Reward], config: Config) -> list[li
         return gdpo_advantages(rewards_FBG, weights_F).tolist()
     rewards_BG = torch.tensor(scores.total, dtype=torch.float64).view(shape)
     return group_advantages(rewards_BG, config.grpo.scale_rewards, config.grpo.baseline).tolist()
+
+
+def subtract_kl(groups: list[Group], rewards: list[Reward], config: Config) -> None:
+    """Advantages once more, of rewards less `grpo.beta` times each completion's KL from the
+    reference; the groups' rewards stay what they are.
+    """
+    total = [
+        reward - config.grpo.beta * rollout.summed_kl
+        for group in groups
+        for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
+    ]
+    by_name = {
+        name: [value for group in groups for value in group.rewards_by_name[name]]
+        for name in groups[0].rewards_by_name
+    }
+    found = advantages(Scores(by_name, total), rewards, config)
+    for group, mine in zip(groups, found, strict=True):
+        group.advantages = mine
 
 
 def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:

@@ -52,6 +52,7 @@ from lowmem_grpo.setup import (
     open_task,
     pack_groups,
     sampling_of,
+    subtract_kl,
     update_settings,
 )
 from lowmem_grpo.tasks import Task
@@ -153,6 +154,8 @@ def train(
                             total = sum(batch.tokens for batch in batches)
                             with console.progress("reference", total) as advance:
                                 score_reference(policy, batches, scoring, advance)
+                            if config.grpo.use_kl_in_reward:
+                                subtract_kl(state.groups, rewards, config)
                     if stop.requested:
                         break
 

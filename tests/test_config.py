@@ -89,6 +89,14 @@ def test_malformed_assignments(text):
             "leave that out",
         ),
         (
+            {"grpo": {"use_kl_in_reward": True, "kl_estimator": "exact"}},
+            "k1 of the tokens that were sampled: leave out grpo.kl_estimator = exact",
+        ),
+        (
+            {"grpo": {"use_kl_in_reward": True, "mask_truncated_completions": True}},
+            "leave out grpo.mask_truncated_completions = true",
+        ),
+        (
             {"grpo": {"kl_estimator": "exact"}, "model": {"lm_head_kernels": "triton"}},
             "use model.lm_head_kernels = torch, or another",
         ),

@@ -1,5 +1,6 @@
 """What is configured reaches what computes."""
 
+import copy
 import dataclasses
 from statistics import stdev
 
@@ -8,7 +9,7 @@ import pytest
 from lowmem_grpo.config import build_config
 from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.rewards.base import Reward, Scores
-from lowmem_grpo.setup import advantages, pack_groups, update_settings
+from lowmem_grpo.setup import advantages, pack_groups, subtract_kl, update_settings
 from tests.grpo.rollouts import make_groups
 
 OTHERS = {
@@ -68,6 +69,30 @@ def test_several_rewards_are_normalised_as_configured():
     )
     assert [len(row) for row in found] == [8, 8]
     assert found[0][0] > 0 > found[0][1]
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_a_kl_in_the_reward_is_taken_from_it_and_not_from_the_loss(scale):
+    config = configured(use_kl_in_reward=True, beta=0.3, scale_rewards=scale, kl_estimator="k1")
+    assert update_settings(config)["objective"].beta == 0.0
+    assert config.grpo.scores_reference
+    groups = make_groups([(3, [4, 1, 6, 2, 5, 3, 2, 2]), (2, [5] * 8)], reference=True)
+    rewards = [Reward("right", 2.0, None)]
+    for group in groups:
+        group.rewards_by_name = {"right": [reward / 2 for reward in group.rewards]}
+    groups[1].rewards = [1.0] * 8  # of which the KL alone makes a difference
+    given = copy.deepcopy(groups)
+    subtract_kl(groups, rewards, config)
+    for group, before in zip(groups, given, strict=True):
+        assert (group.rewards, group.rewards_by_name) == (before.rewards, before.rewards_by_name)
+        totals = []
+        for reward, rollout in zip(before.rewards, before.rollouts, strict=True):
+            for old, reference in zip(rollout.logprobs, rollout.ref_logprobs, strict=True):
+                reward -= 0.3 * (old - reference)
+            totals.append(reward)
+        size = stdev(totals) + 1e-4 if scale == "group" else 1.0
+        expected = [(total - sum(totals) / 8) / size for total in totals]
+        assert group.advantages == pytest.approx(expected)
 
 
 def test_baseline_and_scale_are_as_configured():

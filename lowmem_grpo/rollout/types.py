@@ -5,6 +5,7 @@ so that groups are written to a file and read back without loss.
 """
 
 from dataclasses import dataclass, field
+from math import fsum
 
 from lowmem_grpo.tasks.base import Problem
 
@@ -25,6 +26,13 @@ class Rollout:
     finish_reason: str
     text: str
     ref_logprobs: list[float] | None = None
+
+    @property
+    def summed_kl(self) -> float:
+        """Of a completion whose reference has been asked: the sum over its tokens of k1, log-prob
+        as sampled less the reference's. Its mean is the KL of whole completions, in nat.
+        """
+        return fsum(self.logprobs) - fsum(self.ref_logprobs)
 
 
 @dataclass

@@ -30,14 +30,15 @@ def step_record(
     Means over tokens are over the tokens that took part in the update. `sampler_kl` is taken in the
     first iteration on a batch, before the update; later the policy has moved, and it is None. None
     also stands for what was not computed: `kl` without a reference, token means when no rollout
-    took part. `constant_rewards`: functions that gave every completion one value.
+    took part. A KL that is taken from rewards is in the advantages alone, and in none of these.
+    `constant_rewards`: functions that gave every completion one value.
     `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
     own.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    flat = sum(not any(group.advantages) for group in groups)  # equal rewards, in each function
+    flat = sum(not any(group.advantages) or _constant(group) for group in groups)
     first = iteration == 0
     return {
         "step": step,
@@ -73,6 +74,12 @@ def step_record(
         "seconds": {name: round(value, 4) for name, value in meter.seconds.items()},
         "memory": meter.memory,
     }
+
+
+def _constant(group: Group) -> bool:
+    """Equal rewards in each function; a KL among the rewards differs even then."""
+    each = group.rewards_by_name.values()
+    return bool(each) and all(len(set(values)) == 1 for values in each)
 
 
 class MetricsWriter:

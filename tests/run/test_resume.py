@@ -78,17 +78,27 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path)
     assert_same_run(whole, part, 6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(tiny_model_dir, tmp_path, number):
-    whole = undisturbed(tiny_model_dir, tmp_path, "--reward", reward_file(tmp_path))
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [
+        (signal.SIGINT, []),
+        # Advantages are known after the reference then, and it has not been asked when this stops.
+        (signal.SIGTERM, ["--set", "grpo.use_kl_in_reward=true", "--set", "grpo.beta=0.5"]),
+    ],
+)
+def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(
+    tiny_model_dir, tmp_path, number, settings
+):
+    whole = undisturbed(tiny_model_dir, tmp_path, "--reward", reward_file(tmp_path), *settings)
     reward = reward_file(tmp_path, f"os.kill(os.getpid(), {int(number)})")
     part = tmp_path / "part"
-    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, "--reward", reward]
+    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, "--reward", reward, *settings]
     stopped = call("train", *arguments, "--steps", "6")
     assert stopped.exit_code == 4
     state = json.loads((part / "checkpoints/step-000002/state.json").read_text())
     assert state["step"] == 2
     assert state["groups"][0]["rewards"]  # sampled and scored: neither is done again
+    assert state["groups"][0]["rollouts"][0]["ref_logprobs"] is None
     result = call("train", *arguments, "--steps", "6", "--resume")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / f"{reward.split(':')[0][:-3]}_calls" / "calls").read_text() == "6"
