@@ -145,8 +145,14 @@ class GrpoConfig(Section):
     """Ratios of tokens, or of whole completions (GSPO)."""
     off_policy_mask_threshold: Annotated[float, Field(gt=0.0)] | None = None
     """A completion with a negative advantage that is further from the policy has no surrogate."""
+    top_entropy_quantile: Fraction = 1.0
+    """Share of the step's tokens that have a surrogate: those of the highest entropy, as they were
+    sampled; 1 takes all.
+    """
     entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of an entropy bonus: the mean entropy of the step's tokens, taken from the loss."""
+    """Weight of an entropy bonus: the mean entropy of the step's tokens (of those that have a
+    surrogate), taken from the loss.
+    """
     sapo_temperature_pos: Annotated[float, Field(gt=0.0)] = 1.0
     """sapo's, where the advantage is positive."""
     sapo_temperature_neg: Annotated[float, Field(gt=0.0)] = 1.05
@@ -230,6 +236,11 @@ class GrpoConfig(Section):
     def scores_reference(self) -> bool:
         """Whether the reference is asked for its log-probs, in a phase before the update."""
         return self.beta != 0.0 and self.kl_estimator != "exact"
+
+    @property
+    def masks_by_entropy(self) -> bool:
+        """Whether tokens of little entropy have no surrogate."""
+        return self.top_entropy_quantile < 1.0
 
     @property
     def upper_epsilon(self) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
-from lowmem_grpo.grpo.objective import Objective, rollout_weights
+from lowmem_grpo.grpo.objective import Objective, entropy_threshold, rollout_weights
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
@@ -137,7 +137,10 @@ def sampling_of(config: Config, phase: str) -> Sampling:
     """How completions are drawn, in the "rollout" or in an "evaluation"."""
     r, e = config.rollout, config.eval
     if phase == "rollout":
-        return Sampling(**{field.name: getattr(r, field.name) for field in fields(Sampling)})
+        names = {field.name for field in fields(Sampling)} - {"entropies"}
+        return Sampling(
+            **{name: getattr(r, name) for name in names}, entropies=config.grpo.masks_by_entropy
+        )
     return Sampling(
         temperature=e.temperature,
         top_p=e.top_p,
@@ -213,9 +216,17 @@ def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
         config.rollout.max_completion_length,
         cut if config.grpo.mask_truncated_completions else (),
     )
+    threshold = None
+    if config.grpo.masks_by_entropy:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        counted = zip(rollouts, weights, strict=True)
+        entropies = [e for rollout, weight in counted if weight for e in rollout.entropies]
+        quantile = config.grpo.top_entropy_quantile
+        threshold = entropy_threshold(entropies, quantile) if entropies else None
     return pack(
         groups,
         weights,
+        entropy_threshold=threshold,
         max_tokens=config.memory.micro_batch_tokens,
         min_completion_length=config.rollout.min_completion_length,
         # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its

@@ -9,7 +9,13 @@ import pytest
 from lowmem_grpo.config import build_config
 from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.rewards.base import Reward, Scores
-from lowmem_grpo.setup import advantages, pack_groups, subtract_kl, update_settings
+from lowmem_grpo.setup import (
+    advantages,
+    pack_groups,
+    sampling_of,
+    subtract_kl,
+    update_settings,
+)
 from tests.grpo.rollouts import make_groups
 
 OTHERS = {
@@ -57,6 +63,30 @@ def test_truncated_completions_take_no_part_where_they_are_masked():
     assert masked.members == (groups[0].rollouts[1], groups[1].rollouts[2])
     assert masked.lengths == (5, 2)
     assert masked.weights_N.tolist() == pytest.approx([1 / 30] * 5 + [1 / 12] * 2)
+
+
+def test_the_entropy_threshold_is_of_the_step_and_of_what_counts_in_it():
+    groups = make_groups([(3, [4, 4]), (2, [2, 4])])
+    groups[1].advantages = [0.0, 0.0]  # whose tokens count, though they have no gradient
+    groups[1].rollouts[0].finish_reason = "stop"
+    groups[0].rollouts[0].finish_reason = "stop"
+    numbers = iter(range(14))
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.entropies = [float(next(numbers)) for _ in rollout.completion_ids]
+    own = {"beta": 0.0, "top_entropy_quantile": 0.25}
+    (batch,) = pack_groups(groups, configured(**own))
+    assert batch.members == tuple(groups[0].rollouts)
+    assert not batch.kept_N.any()  # the highest four, from 9.75 on, are the other group's
+    (batch,) = pack_groups(groups, configured(**own, mask_truncated_completions=True))
+    assert batch.members == (groups[0].rollouts[0],)  # 0 to 3, and 8 and 9 beside them
+    assert batch.kept_N.tolist() == [False] * 4
+    (batch,) = pack_groups(groups, configured(**{**own, "top_entropy_quantile": 0.6}))
+    assert batch.kept_N.tolist() == [False] * 6 + [True] * 2
+    (batch,) = pack_groups(groups, configured(beta=0.0))
+    assert batch.kept_N is None
+    assert sampling_of(configured(**own), "rollout").entropies
+    assert not sampling_of(configured(), "rollout").entropies
 
 
 def test_several_rewards_are_normalised_as_configured():

@@ -24,7 +24,9 @@ or is no estimate: `exact` is the sum over the whole vocabulary (policy/divergen
 variance and whose gradient is that of the divergence. An estimate is multiplied by rho with
 `use_bias_correction_kl` (DeepSeek-V3.2, arXiv 2512.02556). From there also
 `off_policy_mask_threshold`: a rollout with A < 0 whose mean of old_logp - logp is above it has no
-surrogate. With `entropy_coef`, that times the mean entropy of the step's tokens is taken from the
+surrogate. Nor has, with a threshold, a token whose distribution had less entropy (the top quantile
+of the step's tokens: arXiv 2506.01939); its KL term stays, and it counts in the averages. With
+`entropy_coef`, that times the mean entropy of the tokens that have a surrogate is taken from the
 loss.
 
 The weights w_t carry the averaging, and they belong to the step: whatever micro-batches it is cut
@@ -47,8 +49,8 @@ from math import log
 import torch
 
 __all__ = [
-    "CLIPPED", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "Objective", "ObjectiveInputs", "k3",
-    "rollout_weights",
+    "CLIPPED", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "Objective", "ObjectiveInputs",
+    "entropy_threshold", "k3", "rollout_weights",
 ]  # fmt: skip
 
 CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo")
@@ -65,8 +67,9 @@ class ObjectiveInputs:
     """Per scored token, float32 [N]: `logprobs` (with gradient), `old_logprobs`, `advantages`,
     `weights`, and `ref_logprobs`, which may be None where beta is 0 or the divergence is exact:
     `divergences` (with gradient) are then there. `lengths`: tokens of each rollout, in order; None
-    where nothing is asked of a rollout as a whole. For an entropy bonus: `entropies` (with
-    gradient) and the scored `tokens` of the step.
+    where nothing is asked of a rollout as a whole. `kept` (bool): the tokens that have a surrogate,
+    None for all. For an entropy bonus: `entropies` (with gradient) and how many `tokens` of the
+    step have a surrogate.
     """
 
     logprobs_N: torch.Tensor
@@ -78,6 +81,7 @@ class ObjectiveInputs:
     entropies_N: torch.Tensor | None = None
     tokens: int = 0
     divergences_N: torch.Tensor | None = None
+    kept_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,8 @@ class Objective:
         loss_N = -self._surrogate(inputs, log_ratio_N, ratio_N)
         if self.off_policy_mask_threshold is not None:
             loss_N = loss_N * self._on_policy(inputs, log_ratio_N)
+        if inputs.kept_N is not None:
+            loss_N = loss_N * inputs.kept_N
         stats = {}
         if self.beta:
             loss_N = loss_N + self.beta * self._divergence(inputs, ratio_N)
@@ -147,7 +153,10 @@ class Objective:
             stats["sampler_kl"] = k3(inputs.old_logprobs_N, inputs.logprobs_N).sum()
         loss = (loss_N * inputs.weights_N).sum()
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * inputs.entropies_N.sum() / inputs.tokens
+            entropies_N = inputs.entropies_N
+            if inputs.kept_N is not None:
+                entropies_N = entropies_N * inputs.kept_N
+            loss = loss - self.entropy_coef * entropies_N.sum() / inputs.tokens
         return loss, stats
 
     def _surrogate(self, inputs: ObjectiveInputs, log_ratio_N, ratio_N) -> torch.Tensor:
@@ -233,6 +242,13 @@ def rollout_weights(
     else:
         weights = [1.0 / max(sum(lengths), 1)] * rollouts
     return [0.0 if hidden else w for w, hidden in zip(weights, out, strict=True)]
+
+
+def entropy_threshold(entropies: Sequence[float], quantile: float) -> float:
+    """The least entropy of the `quantile` of a step's tokens that have the most: 0 leaves the
+    highest, 1 all. Between two tokens it is interpolated, in float32 (as TRL does).
+    """
+    return torch.quantile(torch.tensor(entropies, dtype=torch.float32), 1.0 - quantile).item()
 
 
 def _by_rollout(

@@ -132,7 +132,7 @@ def accumulate(
     """
     stats = UpdateStats()
     scoring = replace(scoring, entropy_gradient=objective.entropy_coef != 0.0)
-    tokens = sum(batch.targets_N.numel() for batch in batches)
+    tokens = sum(batch.kept for batch in batches)
     for cpu_batch in batches:
         batch, reference_ND = cpu_batch.to(policy.device), None
         if objective.exact:
@@ -153,6 +153,7 @@ def accumulate(
                 entropies_N=scored.entropies_N,
                 tokens=tokens,
                 divergences_N=scored.divergences_N,
+                kept_N=batch.kept_N,
             )
             loss, sums = objective(inputs)
             (loss if loss_scale is None else loss_scale(loss)).backward()

@@ -205,11 +205,11 @@ def _update(
     parameters = list(policy.adapter_parameters().values())
     if config.grpo.scores_reference:
         with gauge.phase("reference"):
-            score_reference(policy, packed(groups), scoring, advance)
+            score_reference(policy, packed(groups, config), scoring, advance)
     with gauge.phase("update"):
         accumulate(
             policy,
-            packed(groups),
+            packed(groups, config),
             scoring,
             **update_settings(config),
             loss_scale=scaler.scale if scaler is not None else None,

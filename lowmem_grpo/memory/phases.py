@@ -273,11 +273,11 @@ class Phases:
                 policy.buffers = CountedBuffers(recorder)
             if referred:
                 with recorder.phase("reference"):
-                    score_reference(policy, packed(groups), scoring)
+                    score_reference(policy, packed(groups, config), scoring)
             with recorder.phase("update"):
                 accumulate(
                     policy,
-                    packed(groups),
+                    packed(groups, config),
                     scoring,
                     **settings,
                     loss_scale=scaler.scale if scaler is not None else None,

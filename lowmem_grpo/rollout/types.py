@@ -19,6 +19,7 @@ class Rollout:
 
     `finish_reason`: "stop" (the last token is an end-of-sequence token) or "length". `text`:
     decoded without special tokens. `ref_logprobs`: the reference's, once it has been asked.
+    `entropies`: of the distributions that the tokens were drawn from, in nat, where they are asked.
     """
 
     completion_ids: list[int]
@@ -26,6 +27,7 @@ class Rollout:
     finish_reason: str
     text: str
     ref_logprobs: list[float] | None = None
+    entropies: list[float] | None = None
 
     @property
     def summed_kl(self) -> float:

@@ -106,20 +106,24 @@ def naive_divergence(policy, prompt, completion, *, temperature=1.0, end_ids=(),
 
 
 def make_off_policy(policy, groups, scoring, *, spread=0.3, seed=5):
-    """Old log-probs near the policy's own, so that ratios lie on both sides of both clips."""
+    """Old log-probs near the policy's own, so that ratios lie on both sides of both clips; and its
+    entropies.
+    """
     generator = torch.Generator().manual_seed(seed)
     (batch,) = pack(groups, [1.0] * 1000, max_tokens=10**9)
     with policy.as_sampler():
-        logprobs = scoring(policy, batch)[0].tolist()
-    for rollout in batch.members:
-        count = len(rollout.completion_ids)
-        noise = spread * torch.randn(count, generator=generator)
-        rollout.logprobs = (torch.tensor(logprobs[:count]) + noise).tolist()
-        del logprobs[:count]
+        scored = scoring(policy, batch)
+    logprobs, entropies = (x.split(batch.lengths) for x in (scored.logprobs_N, scored.entropies_N))
+    for rollout, logprobs_C, entropies_C in zip(batch.members, logprobs, entropies, strict=True):
+        noise_C = spread * torch.randn(len(logprobs_C), generator=generator)
+        rollout.logprobs = (logprobs_C + noise_C).tolist()
+        rollout.entropies = entropies_C.tolist()
 
 
-def naive_loss(policy, groups, objective, *, longest, **scoring_options):
-    """The step's loss with its graph, and the number of tokens clipped below and above."""
+def naive_loss(policy, groups, objective, *, longest, threshold=None, **scoring_options):
+    """The step's loss with its graph, and the number of tokens clipped below and above. Tokens of
+    less entropy than the `threshold` have no surrogate.
+    """
     rows, low, high = [], 0, 0
     for group in groups:
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
@@ -132,7 +136,8 @@ def naive_loss(policy, groups, objective, *, longest, **scoring_options):
                 with policy.as_reference():
                     ref, _ = naive_logprobs(*row, **scoring_options)
             old = torch.tensor(rollout.logprobs)
-            losses, below, above = naive_row(new, old, ref, advantage, objective)
+            kept = None if threshold is None else [e >= threshold for e in rollout.entropies]
+            losses, below, above = naive_row(new, old, ref, advantage, objective, kept)
             rows.append(losses)
             low, high = low + below, high + above
     return naive_average(rows, objective.loss_type, longest), low, high

@@ -12,6 +12,7 @@ from lowmem_grpo.grpo.objective import (
     LOSS_TYPES,
     Objective,
     ObjectiveInputs,
+    entropy_threshold,
     k3,
     rollout_weights,
 )
@@ -327,6 +328,16 @@ def test_masked_rollouts_count_as_rollouts_and_their_tokens_do_not(loss_type, ex
     weights = rollout_weights([3, 8, 7, 1], loss_type, 8, [False, True, False, False])
     assert weights[:3] == pytest.approx(expected)
     assert weights[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("quantile", "kept"), [(1.0, 6), (0.5, 3), (0.2, 2), (0.3, 2), (0.0, 1), (0.6, 4)]
+)
+def test_the_tokens_of_the_most_entropy(quantile, kept):
+    entropies = [0.5, 2.0, 0.25, 1.5, 1.0, 0.0]
+    threshold = entropy_threshold(entropies, quantile)
+    highest = sorted(entropies)[-kept:]
+    assert [e for e in sorted(entropies) if e >= threshold] == highest
 
 
 def test_another_loss_type_is_refused_by_name():

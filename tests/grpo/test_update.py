@@ -36,7 +36,7 @@ def no_advance(tokens):
     pass
 
 
-def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False):
+def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False, threshold=None):
     lengths = [len(r.completion_ids) for g in groups for r in g.rollouts]
     return pack(
         groups,
@@ -44,6 +44,7 @@ def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False):
         max_tokens=limit,
         min_completion_length=minimum,
         skip_zero_advantage=skip,
+        entropy_threshold=threshold,
     )
 
 
@@ -163,6 +164,37 @@ def test_an_entropy_bonus_is_the_mean_entropy_of_the_step(policy, groups, scorin
         stats, found = step_gradient(policy, batches_of(groups, limit=limit), scoring, **bonus)
         assert relative_error(found, expected_gradient) < 1e-5
         assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [{"beta": 0.0}, {"beta": 0.3, "loss_type": "dapo"}], ids=str)
+def test_tokens_of_little_entropy_have_no_surrogate(policy, groups, scoring, own):
+    entropies = sorted(e for g in groups for r in g.rollouts for e in r.entropies)
+    threshold = entropies[-10]  # of 47
+    settings = {**CLIP, **own}
+    loss_type = own.get("loss_type", "grpo")
+    expected, _, _ = naive_loss(
+        policy, groups, Objective(**settings), longest=LONGEST, threshold=threshold, temperature=0.8
+    )
+    bonus = [
+        naive_logprobs(policy, group.prompt_ids, rollout.completion_ids, temperature=0.8)[1][t]
+        for group in groups
+        for rollout in group.rollouts
+        for t, entropy in enumerate(rollout.entropies)
+        if entropy >= threshold
+    ]
+    assert len(bonus) == 10
+    expected = expected - 0.2 * torch.stack(bonus).mean()
+    expected.backward()
+    expected_gradient = gradients(policy)
+    for limit in LIMITS.values():
+        batches = batches_of(groups, loss_type=loss_type, limit=limit, threshold=threshold)
+        stats, found = step_gradient(policy, batches, scoring, **own, entropy_coef=0.2)
+        assert relative_error(found, expected_gradient) < 1e-5
+        assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+        assert stats.tokens_scored == 47
+    every = batches_of(groups, loss_type=loss_type)
+    _, found = step_gradient(policy, every, scoring, **own, entropy_coef=0.2)
+    assert relative_error(found, expected_gradient) > 0.02
 
 
 @pytest.mark.parametrize(("loss_type", "minimum"), [("grpo", 3), ("dapo", 0)])

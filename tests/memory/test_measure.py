@@ -28,7 +28,10 @@ KEPT = 2048
         ["--set", "memory.gradient_checkpointing=true", "--set", "memory.micro_batch_tokens=40"],
         ["--set", "model.compute_dtype=bfloat16", "--set", "grpo.beta=0"],
         ["--set", "eval.every=1", "--set", "eval.num_problems=3"],
-        ["--set", "grpo.kl_estimator=exact", "--set", "memory.logits_tile_vocab=50"],
+        [
+            *("--set", "grpo.kl_estimator=exact", "--set", "memory.logits_tile_vocab=50"),
+            *("--set", "grpo.top_entropy_quantile=0.2"),
+        ],
     ],
 )
 def test_the_phases_for_real_take_what_was_planned(tiny_model_dir, settings):

@@ -83,7 +83,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path)
     [
         (signal.SIGINT, []),
         # Advantages are known after the reference then, and it has not been asked when this stops.
-        (signal.SIGTERM, ["--set", "grpo.use_kl_in_reward=true", "--set", "grpo.beta=0.5"]),
+        (
+            signal.SIGTERM,
+            [
+                *("--set", "grpo.use_kl_in_reward=true", "--set", "grpo.beta=0.5"),
+                *("--set", "grpo.top_entropy_quantile=0.4"),
+            ],
+        ),
     ],
 )
 def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(
