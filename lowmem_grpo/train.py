@@ -21,6 +21,7 @@ from lowmem_grpo.config import Config, config_toml
 from lowmem_grpo.grpo.optimizer import learning_rate_at
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.hardware import detect
+from lowmem_grpo.idle import idle_settings
 from lowmem_grpo.memory.admit import admit
 from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.shapes import met
@@ -72,6 +73,8 @@ def train(
     any error leaves it.
     """
     config.check_trainable()
+    for text in idle_settings(config):
+        console.warn(text)
     task = open_task(config)
     rewards = load_rewards(config.rewards.functions, config.rewards.weights, task)
     check_prompts(task, config)
