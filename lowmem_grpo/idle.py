@@ -38,6 +38,9 @@ def _reasons(grpo: GrpoConfig) -> Iterator[tuple[list[str], str]]:
             yield keys, f"it is {other}'s, and {kind}"
     estimate = ["kl_estimator", "use_bias_correction_kl"]
     if grpo.beta == 0:
-        yield [*estimate, "use_kl_in_reward"], "grpo.beta = 0, so there is no KL"
+        others = ["use_kl_in_reward", "sync_ref_model"]
+        yield [*estimate, *others], "grpo.beta = 0, so there is no KL"
     elif grpo.use_kl_in_reward:
         yield estimate, "grpo.use_kl_in_reward = true takes k1, and nothing in the loss"
+    if not grpo.sync_ref_model:
+        yield ["ref_model_sync_steps"], "grpo.sync_ref_model = false, so the reference stays"

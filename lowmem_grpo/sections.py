@@ -129,6 +129,10 @@ class GrpoConfig(Section):
     """Take beta times a completion's KL from its reward (k1, summed over its tokens, as RLOO and
     PPO do), and nothing in the loss; reward_mean is without it.
     """
+    sync_ref_model: bool = False
+    """Move the reference to the policy every so many steps, by a copy of the adapters."""
+    ref_model_sync_steps: Positive = 512
+    """Optimizer steps from one such move to the next."""
     use_bias_correction_kl: bool = False
     """Multiply the KL penalty by the ratio."""
     epsilon: Fraction = 0.2
@@ -236,6 +240,15 @@ class GrpoConfig(Section):
     def scores_reference(self) -> bool:
         """Whether the reference is asked for its log-probs, in a phase before the update."""
         return self.beta != 0.0 and self.kl_estimator != "exact"
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether there is a reference that follows the policy."""
+        return self.sync_ref_model and self.beta != 0.0
+
+    def moves_reference_after(self, step: int) -> bool:
+        """Whether the reference becomes the policy as it is after that optimizer step."""
+        return self.moves_reference and step % self.ref_model_sync_steps == 0
 
     @property
     def masks_by_entropy(self) -> bool:

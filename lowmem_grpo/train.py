@@ -49,8 +49,8 @@ from lowmem_grpo.setup import (
     check_prompts,
     evaluation_settings,
     open_optimizer,
-    open_policy,
     open_task,
+    open_trainee,
     pack_groups,
     sampling_of,
     subtract_kl,
@@ -90,7 +90,7 @@ def train(
             check_same_mathematics(checkpoint, config)
 
         # LOAD
-        policy = open_policy(config, console.say)
+        policy = open_trainee(config, console.say)
         base_name = resolve(config.model.name)
         parameters = list(policy.adapter_parameters().values())
         o = config.optimizer
@@ -211,6 +211,8 @@ def train(
                     state.step, state.iteration = state.step + 1, state.iteration + 1
                     if state.iteration == config.grpo.num_iterations:
                         state.groups = None
+                    if config.grpo.moves_reference_after(state.step):
+                        policy.sync_reference()
 
                     raised = alarms.step(record)
                     metrics.write(record)

@@ -35,7 +35,12 @@ def names(lines):
             {"kl_estimator"},
         ),
         ({"beta": 0.0, "use_bias_correction_kl": True}, {"use_bias_correction_kl"}),
-        ({"beta": 0.0, "use_kl_in_reward": True}, {"use_kl_in_reward"}),
+        (
+            {"beta": 0.0, "use_kl_in_reward": True, "sync_ref_model": True},
+            {"use_kl_in_reward", "sync_ref_model"},
+        ),
+        ({"ref_model_sync_steps": 5}, {"ref_model_sync_steps"}),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 5}, set()),
         ({"use_kl_in_reward": True, "kl_estimator": "k2"}, {"kl_estimator"}),
     ],
 )

@@ -78,11 +78,12 @@ def test_the_entropy_threshold_is_of_the_step_and_of_what_counts_in_it():
     (batch,) = pack_groups(groups, configured(**own))
     assert batch.members == tuple(groups[0].rollouts)
     assert not batch.kept_N.any()  # the highest four, from 9.75 on, are the other group's
-    (batch,) = pack_groups(groups, configured(**own, mask_truncated_completions=True))
-    assert batch.members == (groups[0].rollouts[0],)  # 0 to 3, and 8 and 9 beside them
-    assert batch.kept_N.tolist() == [False] * 4
-    (batch,) = pack_groups(groups, configured(**{**own, "top_entropy_quantile": 0.6}))
-    assert batch.kept_N.tolist() == [False] * 6 + [True] * 2
+    more = {**own, "top_entropy_quantile": 0.6}
+    (batch,) = pack_groups(groups, configured(**more))
+    assert batch.kept_N.tolist() == [False] * 6 + [True] * 2  # from 5.2 on
+    (batch,) = pack_groups(groups, configured(**more, mask_truncated_completions=True))
+    assert batch.members == (groups[0].rollouts[0],)
+    assert batch.kept_N.tolist() == [False, False, True, True]  # of 0 to 3, 8 and 9, from 2 on
     (batch,) = pack_groups(groups, configured(beta=0.0))
     assert batch.kept_N is None
     assert sampling_of(configured(**own), "rollout").entropies

@@ -123,7 +123,10 @@ class Phases:
         events = together(parts, score, optimizer)
         step = [event for event in events if event.phase != "load"]
         repeated = again(step) if steps > 1 else []
-        return Traced(events + repeated, score.kept, optimizer.kept, load.host + score.host)
+        copied = score.kept
+        if config.grpo.moves_reference:  # which a checkpoint copies, too
+            copied += score.kept * self._dtype.itemsize // torch.float32.itemsize
+        return Traced(events + repeated, copied, optimizer.kept, load.host + score.host)
 
     def alone(self, config: Config, shapes: Wave | tuple[Batch, ...]) -> Alone:
         """One phase by itself: a wave of the sampler, or reference and update of micro-batches.
@@ -231,8 +234,12 @@ class Phases:
                 self._policy.head_kernels = NoKernels
             if bits == 8:
                 self._policy.round_head()
+            loaded = len(recorder.events)
+            if self._config.grpo.moves_reference:
+                self._policy.keep_reference()
         self._policies[self._ends] = self._policy
-        layers = layers_by_name(recorder.events[:weights]) + recorder.layers[weights:]
+        layers = layers_by_name(recorder.events[:weights]) + recorder.layers[weights:loaded]
+        layers += layers_by_name(recorder.events[loaded:])
         events, host = without_host(self._deep(recorder, layers))
         return Part(events, recorder.workspaces, kept=add_up(events).final_allocated, host=host)
 

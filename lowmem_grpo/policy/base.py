@@ -3,9 +3,11 @@
 There is one copy of the weights. Which role it plays is a matter of the adapters:
 
     role                 method                          adapters  gradients
-    reference            `with policy.as_reference():`   off       no
+    reference            `with policy.as_reference():`   off (*)   no
     old policy, sampler  `with policy.as_sampler():`     on        no
     trainable policy     `with policy.as_trainable():`   on        yes
+
+(*) or, after `keep_reference`, a copy of them as they were when `sync_reference` was last called.
 
 Outside every `with` the policy is trainable. A role ends with its block, also when the block
 raises.
@@ -81,6 +83,7 @@ class Policy:
         self.head_kernels = None
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
+        self._keeping: list[LoraLinear4bit] = []  # layers with a copy of their adapter
         self._sampling = False
         self.sampling_layers = None
         self.causal_lm = model.get_base_model()
@@ -96,7 +99,17 @@ class Policy:
 
     @contextlib.contextmanager
     def as_reference(self):
-        """Adapters off, no gradients: the base."""
+        """Adapters off, no gradients: the base; or with the adapters that were kept."""
+        if self._keeping:
+            for layer in self._keeping:
+                layer.referring = True
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                for layer in self._keeping:
+                    layer.referring = False
+            return
         self.model.base_model.disable_adapter_layers()
         try:
             with torch.no_grad():
@@ -124,9 +137,47 @@ class Policy:
 
     def share_inputs(self, forward) -> None:
         """Let layers that are given the same tensor sample together; `forward()` shows which."""
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
-        self._shared = find(layers, forward)
+        self._shared = find(self._adapted(), forward)
         self.sampling_layers = sampling_layers(self.causal_lm, self._shared)
+
+    def _adapted(self) -> list[LoraLinear4bit]:
+        return [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
+
+    def keep_reference(self) -> None:
+        """From here on the reference is the base with a copy of the adapters, which is made now.
+        Raises ModelError where there are adapters on layers that are not in 4 bits.
+        """
+        self._keeping = self._adapted()
+        if 2 * len(self._keeping) != len(self.adapter_parameters()):
+            raise ModelError(
+                "grpo.sync_ref_model = true: adapters on layers that are not in 4 bits have no "
+                "copy to refer to; leave those out of lora.target_modules"
+            )
+        for layer in self._keeping:
+            layer.keep_reference(self.dtype)
+
+    def sync_reference(self) -> None:
+        """Move a kept reference to the policy as it is now."""
+        for layer in self._keeping:
+            layer.sync_reference()
+
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        """The kept reference's adapters by name, copies on the CPU; nothing where none is kept."""
+        return {n: t.to("cpu", copy=True) for n, t in self._reference().items()}
+
+    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put a saved reference in the place of the kept one. Raises ModelError where it does not
+        fit.
+        """
+        own = self._reference()
+        if own.keys() != state.keys() or any(own[n].shape != t.shape for n, t in state.items()):
+            raise ModelError("the saved reference does not fit this model's adapters")
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+    def _reference(self) -> dict[str, torch.Tensor]:
+        named = self.model.named_buffers() if self._keeping else ()
+        return {name: buffer for name, buffer in named if ".lora_reference_" in name}
 
     def tensors_beside(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept on the device beside the model, by name: the sampler's, a head in 8 bits."""

@@ -48,3 +48,14 @@ def test_a_kl_in_the_reward_moves_advantages_and_no_reward(tiny_model_dir, tmp_p
             assert moved > 0.05
             assert record["kl"] > 1e-4
     assert torch.equal(first[0], first[0].round())  # rewards as they were given
+
+
+def test_a_reference_that_moves_is_where_the_policy_was(tiny_model_dir, tmp_path, reward):
+    run = tmp_path / "run"
+    settings = ["grpo.sync_ref_model=true", "grpo.ref_model_sync_steps=2", "run.save_every=1"]
+    arguments = [x for setting in settings for x in ("--set", setting)]
+    train(tiny_model_dir, run, "--steps", "4", "--reward", reward, *arguments)
+    kl = [record["kl"] for record in metrics(run)]
+    # Nothing lies between the two at the start and after the second step.
+    assert max(kl[0], kl[2]) < 1e-6
+    assert min(kl[1], kl[3]) > 1e-4
