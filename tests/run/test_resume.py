@@ -46,9 +46,11 @@ def undisturbed(tiny_model_dir, tmp_path, *arguments):
         [],
         ["--set", "grpo.num_iterations=2"],  # three steps end between the two iterations on a batch
         ["--set", "grpo.beta=0", "--set", "grpo.num_iterations=2"],
-        ["--set", "optimizer.optim=adamw_8bit"],
-        # The reference is the policy after the second step, in the third and the fourth.
-        ["--set", "grpo.sync_ref_model=true", "--set", "grpo.ref_model_sync_steps=2"],
+        [
+            *("--set", "optimizer.optim=adamw_8bit", "--set", "grpo.kl_estimator=exact"),
+            # The reference is the policy after the second step, in the third and the fourth.
+            *("--set", "grpo.sync_ref_model=true", "--set", "grpo.ref_model_sync_steps=2"),
+        ],
     ],
 )
 def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
