@@ -33,7 +33,6 @@ __all__ = [
     "open_optimizer",
     "open_policy",
     "open_task",
-    "open_trainee",
     "pack_groups",
     "sampling_of",
     "subtract_kl",
@@ -80,14 +79,6 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
     if adapter is not None:
         policy.load_adapter_state(read_adapter(adapter))
         say(f"adapter {adapter}")
-    return policy
-
-
-def open_trainee(config: Config, say=lambda text: None) -> Policy:
-    """The policy to train, with a reference of its own where that is to move."""
-    policy = open_policy(config, say)
-    if config.grpo.moves_reference:
-        policy.keep_reference()
     return policy
 
 

@@ -49,8 +49,8 @@ from lowmem_grpo.setup import (
     check_prompts,
     evaluation_settings,
     open_optimizer,
+    open_policy,
     open_task,
-    open_trainee,
     pack_groups,
     sampling_of,
     subtract_kl,
@@ -90,7 +90,9 @@ def train(
             check_same_mathematics(checkpoint, config)
 
         # LOAD
-        policy = open_trainee(config, console.say)
+        policy = open_policy(config, console.say)
+        if config.grpo.moves_reference:
+            policy.keep_reference()
         base_name = resolve(config.model.name)
         parameters = list(policy.adapter_parameters().values())
         o = config.optimizer

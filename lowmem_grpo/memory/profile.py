@@ -16,7 +16,7 @@ from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.measure import Gauge, alive, measure
 from lowmem_grpo.memory.shapes import longest
 from lowmem_grpo.memory.watch import compare
-from lowmem_grpo.setup import open_optimizer, open_trainee
+from lowmem_grpo.setup import open_optimizer, open_policy
 
 __all__ = ["profile"]
 
@@ -44,7 +44,9 @@ def profile(
     try:
         with gauge:
             with gauge.phase("load"):
-                policy = open_trainee(config, say)
+                policy = open_policy(config, say)
+                if config.grpo.moves_reference:
+                    policy.keep_reference()
             gauge.adopt(alive(policy), policy.model)
             policy.release()
             optimizer = open_optimizer(config, list(policy.adapter_parameters().values()))
