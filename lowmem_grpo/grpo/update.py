@@ -127,8 +127,8 @@ def accumulate(
     """Add the gradient of the step's loss to the adapters, one micro-batch after another.
 
     Where the objective's divergence is exact, the reference's trunk goes over each micro-batch
-    before the policy's: its hidden states are needed, which are too many to keep from a phase
-    before. (They would be as many tokens, and in a checkpoint.)
+    before the policy's: what is needed of it are hidden states, and those of a phase before would
+    have to lie on the host, and in checkpoints. `tokens_trunk` counts the policy's alone.
     """
     stats = UpdateStats()
     scoring = replace(scoring, entropy_gradient=objective.entropy_coef != 0.0)
