@@ -17,7 +17,7 @@ import torch
 from lowmem_grpo.config import Config
 from lowmem_grpo.curriculum import chosen
 from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
-from lowmem_grpo.grpo.objective import rollout_weights
+from lowmem_grpo.grpo.objective import entropy_threshold, rollout_weights
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.rewards import Reward, score
 from lowmem_grpo.rollout.groups import sample_groups
@@ -128,7 +128,11 @@ def judge(state: State, rewards: list[Reward], config: Config) -> None:
 
 
 def set_advantages(groups: list[Group], rewards: list[Reward], config: Config) -> None:
-    """Write the advantages of scored groups into them as configured; 0 for what was dropped."""
+    """Write the advantages of scored groups into them as configured; 0 for what was dropped.
+
+    With `grpo.use_kl_in_reward`, where the reference has been asked, they are of rewards less
+    `grpo.beta` times each completion's KL from it; the groups' rewards stay what they are.
+    """
 
     def rewards_of(values_of: Callable[[Group], list[float | None]]) -> torch.Tensor:
         found = [[nan if x is None else x for x in values_of(group)] for group in groups]
@@ -145,7 +149,7 @@ def set_advantages(groups: list[Group], rewards: list[Reward], config: Config) -
         weights_F = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
         found = gdpo_advantages(rewards_FBG, weights_F)
     else:
-        rewards_BG = rewards_of(lambda group: group.rewards)
+        rewards_BG = rewards_of(lambda group: _totals(group, config))
         found = group_advantages(rewards_BG, config.grpo.scale_rewards, config.grpo.baseline)
     for group, values in zip(groups, found.tolist(), strict=True):
         group.advantages = values
@@ -165,15 +169,31 @@ def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
     )
     remaining = iter(found)
     weights = [0.0 if gone else next(remaining) for gone in dropped]
+    threshold = None
+    if config.grpo.masks_by_entropy:
+        counted = zip(rollouts, weights, strict=True)
+        entropies = [e for rollout, weight in counted if weight for e in rollout.entropies]
+        quantile = config.grpo.top_entropy_quantile
+        threshold = entropy_threshold(entropies, quantile) if entropies else None
     return pack(
         groups,
         weights,
+        entropy_threshold=threshold,
         max_tokens=config.memory.micro_batch_tokens,
         min_completion_length=config.rollout.min_completion_length,
         # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its
         # advantage.
         skip_zero_advantage=config.grpo.beta == 0 == config.grpo.entropy_coef,
     )
+
+
+def _totals(group: Group, config: Config) -> list[float]:
+    if not (config.grpo.use_kl_in_reward and group.has_reference):
+        return group.rewards
+    return [
+        reward if rollout.ref_logprobs is None else reward - config.grpo.beta * rollout.summed_kl
+        for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
+    ]
 
 
 def _there(group: Group, values: list[float | None]) -> list[float]:

@@ -60,6 +60,11 @@ class Config(Section):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of "
                 f"run.steps = {self.run.steps}"
             )
+        if self.grpo.kl_estimator == "exact" and self.model.lm_head_kernels == "triton":
+            raise ValueError(
+                "grpo.kl_estimator = exact has no kernels for model.lm_head_kernels = triton: use "
+                "model.lm_head_kernels = torch, or another grpo.kl_estimator"
+            )
         weights = self.rewards.weights
         if (
             weights is not None

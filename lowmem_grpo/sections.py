@@ -148,8 +148,18 @@ class GrpoConfig(Section):
 
     beta: Annotated[float, Field(ge=0.0)] = 0.04
     """Weight of the KL penalty towards the reference; 0 skips the reference's forward pass."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL penalty."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k3"
+    """Of the KL penalty, from the token alone; exact sums over the whole vocabulary, in the update,
+    where the reference's forward pass then is.
+    """
+    use_kl_in_reward: bool = False
+    """Take beta times a completion's KL from its reward (k1, summed over its tokens, as RLOO and
+    PPO do), and nothing in the loss; reward_mean is without it.
+    """
+    sync_ref_model: bool = False
+    """Move the reference to the policy every so many steps, by a copy of the adapters."""
+    ref_model_sync_steps: Positive = 512
+    """Optimizer steps from one such move to the next."""
     use_bias_correction_kl: bool = False
     """Multiply the KL penalty by the ratio."""
     epsilon: Fraction = 0.2
@@ -166,8 +176,14 @@ class GrpoConfig(Section):
     """Ratios of tokens, or of whole completions (GSPO)."""
     off_policy_mask_threshold: Annotated[float, Field(gt=0.0)] | None = None
     """A completion with a negative advantage that is further from the policy has no surrogate."""
+    top_entropy_quantile: Fraction = 1.0
+    """Share of the step's tokens that have a surrogate: those of the highest entropy, as they were
+    sampled; 1 takes all.
+    """
     entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of an entropy bonus: the mean entropy of the step's tokens, taken from the loss."""
+    """Weight of an entropy bonus: the mean entropy of the step's tokens (of those that have a
+    surrogate), taken from the loss.
+    """
     sapo_temperature_pos: Annotated[float, Field(gt=0.0)] = 1.0
     """sapo's, where the advantage is positive."""
     sapo_temperature_neg: Annotated[float, Field(gt=0.0)] = 1.05
@@ -207,10 +223,17 @@ class GrpoConfig(Section):
                 f"grpo.loss_type = {kind} with grpo.importance_sampling_level = {level} is not "
                 f"{kind}: use {other}"
             )
-        if self.kl_estimator == "k1" and self.beta and not self.use_bias_correction_kl:
+        if self.use_kl_in_reward:
+            self._kl_is_a_reward_s()
+        elif self.kl_estimator == "k1" and self.beta and not self.use_bias_correction_kl:
             raise ValueError(
                 "grpo.kl_estimator = k1 has a gradient of zero in the mean, and no penalty: use k2 "
                 "or k3, or grpo.use_bias_correction_kl = true with it"
+            )
+        if self.kl_estimator == "exact" and self.use_bias_correction_kl:
+            raise ValueError(
+                "grpo.kl_estimator = exact is no estimate from the sampled token, so there is no "
+                "bias for grpo.use_bias_correction_kl to correct: leave that out"
             )
         if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
             raise ValueError(f"grpo.delta has no place in grpo.loss_type = {kind}: leave it out")
@@ -222,6 +245,42 @@ class GrpoConfig(Section):
                 "grpo.scale_rewards and grpo.baseline"
             )
         return self
+
+    def _kl_is_a_reward_s(self) -> None:
+        for key, value, way_out in (
+            ("kl_estimator", "exact", "takes k1 of the tokens that were sampled"),
+            ("mask_truncated_completions", True, "asks the reference about every completion"),
+            ("multi_objective_aggregation", "normalize_then_sum", "takes it from their sum"),
+        ):
+            if getattr(self, key) == value:
+                text = str(value).lower()
+                raise ValueError(
+                    f"grpo.use_kl_in_reward = true {way_out}: leave out grpo.{key} = {text}"
+                )
+
+    @property
+    def loss_beta(self) -> float:
+        """Weight of the KL penalty in the loss."""
+        return 0.0 if self.use_kl_in_reward else self.beta
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference is asked for its log-probs, in a phase before the update."""
+        return self.beta != 0.0 and self.kl_estimator != "exact"
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether there is a reference that follows the policy."""
+        return self.sync_ref_model and self.beta != 0.0
+
+    def moves_reference_after(self, step: int) -> bool:
+        """Whether the reference becomes the policy as it is after that optimizer step."""
+        return self.moves_reference and step % self.ref_model_sync_steps == 0
+
+    @property
+    def masks_by_entropy(self) -> bool:
+        """Whether tokens of little entropy have no surrogate."""
+        return self.top_entropy_quantile < 1.0
 
     @property
     def upper_epsilon(self) -> float:

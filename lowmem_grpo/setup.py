@@ -105,10 +105,11 @@ def open_optimizer(config: Config, parameters: list):
 
 def update_settings(config: Config) -> dict[str, Any]:
     """What `grpo.update.accumulate` takes of the configuration."""
-    names = {field.name for field in fields(Objective)} - {"epsilon_high"}
-    own = {name: getattr(config.grpo, name) for name in names}
+    grpo = config.grpo
+    names = {field.name for field in fields(Objective)} - {"epsilon_high", "beta"}
+    own = {name: getattr(grpo, name) for name in names}
     return {
-        "objective": Objective(epsilon_high=config.grpo.upper_epsilon, **own),
+        "objective": Objective(epsilon_high=grpo.upper_epsilon, beta=grpo.loss_beta, **own),
         "checkpointing": config.memory.gradient_checkpointing,
         "offloading": config.memory.activation_offloading,
         "overlapping": config.memory.offload_overlap,
@@ -135,7 +136,10 @@ def sampling_of(config: Config, phase: str) -> Sampling:
     """How completions are drawn, in the "rollout" or in an "evaluation"."""
     r, e = config.rollout, config.eval
     if phase == "rollout":
-        return Sampling(**{field.name: getattr(r, field.name) for field in fields(Sampling)})
+        names = {field.name for field in fields(Sampling)} - {"entropies"}
+        return Sampling(
+            **{name: getattr(r, name) for name in names}, entropies=config.grpo.masks_by_entropy
+        )
     return Sampling(
         temperature=e.temperature,
         top_p=e.top_p,
@@ -165,8 +169,7 @@ def check_prompts(task: Task, config: Config) -> None:
     """
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
-    batches = -(-config.run.steps // config.grpo.num_iterations)
-    r = config.rollout
+    r, batches = config.rollout, -(-config.run.steps // config.grpo.num_iterations)
     for index in range(batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every:

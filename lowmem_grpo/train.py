@@ -29,6 +29,7 @@ from lowmem_grpo.config import Config, config_toml
 from lowmem_grpo.grpo.optimizer import learning_rate_at
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.hardware import detect
+from lowmem_grpo.idle import idle_settings
 from lowmem_grpo.memory.admit import admit
 from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.shapes import met
@@ -75,6 +76,8 @@ def train(
     any error leaves it.
     """
     config.check_trainable()
+    for text in idle_settings(config):
+        console.warn(text)
     task = open_task(config)
     rewards = open_rewards(config, task)
     check_prompts(task, config)
@@ -91,6 +94,8 @@ def train(
 
         # LOAD
         policy = open_policy(config, console.say)
+        if config.grpo.moves_reference:
+            policy.keep_reference()
         base_name = resolve(config.model.name)
         parameters = list(policy.adapter_parameters().values())
         o = config.optimizer
@@ -162,12 +167,16 @@ def train(
 
                     # REFERENCE
                     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
-                    if config.grpo.beta and not any(g.has_reference for g in state.groups):
+                    if config.grpo.scores_reference and not any(
+                        g.has_reference for g in state.groups
+                    ):
                         with meter.phase("reference"):
                             batches = pack_groups(state.groups, config)
                             total = sum(batch.tokens for batch in batches)
                             with console.progress("reference", total) as advance:
                                 score_reference(policy, batches, scoring, advance)
+                            if config.grpo.use_kl_in_reward:
+                                set_advantages(state.groups, rewards, config)
                     if stop.requested:
                         break
 
@@ -221,6 +230,8 @@ def train(
                     state.step, state.iteration = state.step + 1, state.iteration + 1
                     if state.iteration == config.grpo.num_iterations:
                         state.groups = None
+                    if config.grpo.moves_reference_after(state.step):
+                        policy.sync_reference()
 
                     raised = alarms.step(record)
                     metrics.write(record)

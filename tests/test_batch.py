@@ -1,5 +1,6 @@
 """The batch in hand: failures, drops, advantages, and groups that make way for others."""
 
+import copy
 import json
 from statistics import stdev
 
@@ -11,6 +12,7 @@ from lowmem_grpo.errors import RewardError
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.rewards import Reward
 from lowmem_grpo.run.checkpoint import State
+from lowmem_grpo.setup import sampling_of, update_settings
 from tests.grpo.rollouts import make_groups
 from tests.runs import assert_same_run, call, metrics, train
 
@@ -43,6 +45,55 @@ def test_truncated_completions_take_no_part_where_they_are_masked():
     assert masked.members == (groups[0].rollouts[1], groups[1].rollouts[2])
     assert masked.lengths == (5, 2)
     assert masked.weights_N.tolist() == pytest.approx([1 / 30] * 5 + [1 / 12] * 2)
+
+
+def test_the_entropy_threshold_is_of_the_step_and_of_what_counts_in_it():
+    groups = make_groups([(3, [4, 4]), (2, [2, 4])])
+    groups[1].advantages = [0.0, 0.0]  # whose tokens count, though they have no gradient
+    groups[1].rollouts[0].finish_reason = "stop"
+    groups[0].rollouts[0].finish_reason = "stop"
+    numbers = iter(range(14))
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.entropies = [float(next(numbers)) for _ in rollout.completion_ids]
+    own = {"beta": 0.0, "top_entropy_quantile": 0.25}
+    (batch,) = pack_groups(groups, configured(**own))
+    assert batch.members == tuple(groups[0].rollouts)
+    assert not batch.kept_N.any()  # the highest four, from 9.75 on, are the other group's
+    more = {**own, "top_entropy_quantile": 0.6}
+    (batch,) = pack_groups(groups, configured(**more))
+    assert batch.kept_N.tolist() == [False] * 6 + [True] * 2  # from 5.2 on
+    (batch,) = pack_groups(groups, configured(**more, mask_truncated_completions=True))
+    assert batch.members == (groups[0].rollouts[0],)
+    assert batch.kept_N.tolist() == [False, False, True, True]  # of 0 to 3, 8 and 9, from 2 on
+    (batch,) = pack_groups(groups, configured(beta=0.0))
+    assert batch.kept_N is None
+    assert sampling_of(configured(**own), "rollout").entropies
+    assert not sampling_of(configured(), "rollout").entropies
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_a_kl_in_the_reward_is_taken_from_it_and_not_from_the_loss(scale):
+    config = configured(use_kl_in_reward=True, beta=0.3, scale_rewards=scale, kl_estimator="k1")
+    assert update_settings(config)["objective"].beta == 0.0
+    assert config.grpo.scores_reference
+    groups = make_groups([(3, [4, 1, 6, 2, 5, 3, 2, 2]), (2, [5] * 8)], reference=True)
+    rewards = [Reward("right", 2.0, None)]
+    for group in groups:
+        group.rewards_by_name = {"right": [reward / 2 for reward in group.rewards]}
+    groups[1].rewards = [1.0] * 8  # of which the KL alone makes a difference
+    given = copy.deepcopy(groups)
+    set_advantages(groups, rewards, config)
+    for group, before in zip(groups, given, strict=True):
+        assert (group.rewards, group.rewards_by_name) == (before.rewards, before.rewards_by_name)
+        totals = []
+        for reward, rollout in zip(before.rewards, before.rollouts, strict=True):
+            for old, reference in zip(rollout.logprobs, rollout.ref_logprobs, strict=True):
+                reward -= 0.3 * (old - reference)
+            totals.append(reward)
+        size = stdev(totals) + 1e-4 if scale == "group" else 1.0
+        expected = [(total - sum(totals) / 8) / size for total in totals]
+        assert group.advantages == pytest.approx(expected)
 
 
 def test_several_rewards_are_normalised_as_configured():

@@ -86,6 +86,22 @@ def test_malformed_assignments(text):
         ({"grpo": {"delta": 1.0}}, "grpo.delta = 1.0 (from here)"),
         ({"grpo": {"kl_estimator": "k1"}}, "use k2 or k3, or grpo.use_bias_correction_kl"),
         (
+            {"grpo": {"kl_estimator": "exact", "use_bias_correction_kl": True}},
+            "leave that out",
+        ),
+        (
+            {"grpo": {"use_kl_in_reward": True, "kl_estimator": "exact"}},
+            "k1 of the tokens that were sampled: leave out grpo.kl_estimator = exact",
+        ),
+        (
+            {"grpo": {"use_kl_in_reward": True, "mask_truncated_completions": True}},
+            "leave out grpo.mask_truncated_completions = true",
+        ),
+        (
+            {"grpo": {"kl_estimator": "exact"}, "model": {"lm_head_kernels": "triton"}},
+            "use model.lm_head_kernels = torch, or another",
+        ),
+        (
             {
                 "grpo": {
                     "multi_objective_aggregation": "normalize_then_sum",

@@ -9,6 +9,10 @@ the standard deviation of all rewards of the step (arXiv 2508.08221).
 With the baseline "leave_one_out" the mean is that of the other rollouts (RLOO, arXiv 2402.14740),
 which is unbiased; it makes every difference G / (G - 1) times as large.
 
+A KL penalty may be a part of the reward instead of the loss: r_i - beta sum_t (old_logp_t - ref_t)
+for r_i, as in RLOO and PPO before it; there is no gradient through it (`use_kl_in_reward`: the name
+is verl's; in TRL it is what its RLOOTrainer does).
+
 With several rewards, sums of them hide what differs: (1, 0) and (0, 1) are the same 1. GDPO (arXiv
 2601.05242) normalises each reward within its group, adds up, and normalises over the step:
 

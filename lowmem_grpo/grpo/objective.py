@@ -20,10 +20,14 @@ D estimates KL(policy || reference) from a token of the policy, r = ref - logp (
 
     k1 = -r     k2 = r^2 / 2     k3 = exp(r) - r - 1       k3 is unbiased and never negative
 
-and is multiplied by rho with `use_bias_correction_kl` (DeepSeek-V3.2, arXiv 2512.02556). From there
-also `off_policy_mask_threshold`: a rollout with A < 0 whose mean of old_logp - logp is above it has
-no surrogate. With `entropy_coef`, that times the mean entropy of the step's tokens is taken from
-the loss.
+or is no estimate: `exact` is the sum over the whole vocabulary (policy/divergence.py), which has no
+variance and whose gradient is that of the divergence. An estimate is multiplied by rho with
+`use_bias_correction_kl` (DeepSeek-V3.2, arXiv 2512.02556). From there also
+`off_policy_mask_threshold`: a rollout with A < 0 whose mean of old_logp - logp is above it has no
+surrogate. Nor has, with a threshold, a token whose distribution had less entropy (the top quantile
+of the step's tokens: arXiv 2506.01939); its KL term stays, and it counts in the averages. With
+`entropy_coef`, that times the mean entropy of the tokens that have a surrogate is taken from the
+loss.
 
 The weights w_t carry the averaging, and they belong to the step: whatever micro-batches it is cut
 into, the losses add up to the step's loss. With R rollouts of C_i tokens in the step:
@@ -45,14 +49,14 @@ from math import log
 import torch
 
 __all__ = [
-    "CLIPPED", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "Objective", "ObjectiveInputs", "k3",
-    "rollout_weights",
+    "CLIPPED", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "Objective", "ObjectiveInputs",
+    "entropy_threshold", "k3", "rollout_weights",
 ]  # fmt: skip
 
 CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 
 # VESPO's own bounds: of a token's log-ratio, and of a rollout's.
 MOST_LOG_RATIO, LEAST_LOG_WEIGHT = 20.0, log(1e-8)
@@ -61,9 +65,11 @@ MOST_LOG_RATIO, LEAST_LOG_WEIGHT = 20.0, log(1e-8)
 @dataclass(frozen=True)
 class ObjectiveInputs:
     """Per scored token, float32 [N]: `logprobs` (with gradient), `old_logprobs`, `advantages`,
-    `weights`, and `ref_logprobs`, which may be None where beta is 0. `lengths`: tokens of each
-    rollout, in order; None where nothing is asked of a rollout as a whole. For an entropy bonus:
-    `entropies` (with gradient) and the scored `tokens` of the step.
+    `weights`, and `ref_logprobs`, which may be None where beta is 0 or the divergence is exact:
+    `divergences` (with gradient) are then there. `lengths`: tokens of each rollout, in order; None
+    where nothing is asked of a rollout as a whole. `kept` (bool): the tokens that have a surrogate,
+    None for all. For an entropy bonus: `entropies` (with gradient) and how many `tokens` of the
+    step have a surrogate.
     """
 
     logprobs_N: torch.Tensor
@@ -74,6 +80,8 @@ class ObjectiveInputs:
     lengths: tuple[int, ...] | None = None
     entropies_N: torch.Tensor | None = None
     tokens: int = 0
+    divergences_N: torch.Tensor | None = None
+    kept_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +113,23 @@ class Objective:
         _known("importance_sampling_level", self.importance_sampling_level, LEVELS)
         _known("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
 
+    @property
+    def exact(self) -> bool:
+        """Whether it takes the exact divergence, and no log-probs, of the reference."""
+        return self.beta != 0.0 and self.kl_estimator == "exact"
+
     def __call__(self, inputs: ObjectiveInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss (a float32 scalar) and detached sums over tokens.
 
-        Stats: `tokens`; `kl` (k3 against the reference, if given); `clip_low`, `clip_high` (tokens
-        whose ratio lies outside the clip range on the side where that stops the gradient; for cispo
-        `clip_high` is what is above its bound, A > 0; none for sapo and vespo); `sampler_kl` (k3 of
-        old against current log-probs).
-        Raises ValueError when beta is not 0 and there are no reference log-probs.
+        Stats: `tokens`; `kl` (against the reference: the exact divergence or k3, by what is given);
+        `clip_low`, `clip_high` (tokens whose ratio lies outside the clip range on the side where
+        that stops the gradient; for cispo `clip_high` is what is above its bound, A > 0; none for
+        sapo and vespo); `sampler_kl` (k3 of old against current log-probs).
+        Raises ValueError when beta is not 0 and there is nothing of the reference.
         """
-        if self.beta and inputs.ref_logprobs_N is None:
-            raise ValueError(f"beta is {self.beta} but there are no reference log-probs")
+        if self.beta and (inputs.divergences_N if self.exact else inputs.ref_logprobs_N) is None:
+            missing = "divergences from the reference" if self.exact else "reference log-probs"
+            raise ValueError(f"beta is {self.beta} but there are no {missing}")
         log_ratio_N = inputs.logprobs_N - inputs.old_logprobs_N
         level_N = log_ratio_N
         if self.importance_sampling_level == "sequence":
@@ -124,10 +138,14 @@ class Objective:
         loss_N = -self._surrogate(inputs, log_ratio_N, ratio_N)
         if self.off_policy_mask_threshold is not None:
             loss_N = loss_N * self._on_policy(inputs, log_ratio_N)
+        if inputs.kept_N is not None:
+            loss_N = loss_N * inputs.kept_N
         stats = {}
-        if inputs.ref_logprobs_N is not None:
-            if self.beta:
-                loss_N = loss_N + self.beta * self._divergence(inputs, ratio_N)
+        if self.beta:
+            loss_N = loss_N + self.beta * self._divergence(inputs, ratio_N)
+        if inputs.divergences_N is not None:
+            stats["kl"] = inputs.divergences_N.detach().sum()
+        elif inputs.ref_logprobs_N is not None:
             stats["kl"] = k3(inputs.logprobs_N.detach(), inputs.ref_logprobs_N).sum()
         with torch.no_grad():
             stats["tokens"] = torch.tensor(float(ratio_N.numel()), device=ratio_N.device)
@@ -135,7 +153,10 @@ class Objective:
             stats["sampler_kl"] = k3(inputs.old_logprobs_N, inputs.logprobs_N).sum()
         loss = (loss_N * inputs.weights_N).sum()
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * inputs.entropies_N.sum() / inputs.tokens
+            entropies_N = inputs.entropies_N
+            if inputs.kept_N is not None:
+                entropies_N = entropies_N * inputs.kept_N
+            loss = loss - self.entropy_coef * entropies_N.sum() / inputs.tokens
         return loss, stats
 
     def _surrogate(self, inputs: ObjectiveInputs, log_ratio_N, ratio_N) -> torch.Tensor:
@@ -170,6 +191,8 @@ class Objective:
         return kept_N.to(log_ratio_N.dtype)
 
     def _divergence(self, inputs: ObjectiveInputs, ratio_N) -> torch.Tensor:
+        if self.exact:
+            return inputs.divergences_N
         if self.kl_estimator == "k3":
             found_N = k3(inputs.logprobs_N, inputs.ref_logprobs_N)
         else:
@@ -219,6 +242,13 @@ def rollout_weights(
     else:
         weights = [1.0 / max(sum(lengths), 1)] * rollouts
     return [0.0 if hidden else w for w, hidden in zip(weights, out, strict=True)]
+
+
+def entropy_threshold(entropies: Sequence[float], quantile: float) -> float:
+    """The least entropy of the `quantile` of a step's tokens that have the most: 0 leaves the
+    highest, 1 all. Between two tokens it is interpolated, in float32 (as TRL does).
+    """
+    return torch.quantile(torch.tensor(entropies, dtype=torch.float32), 1.0 - quantile).item()
 
 
 def _by_rollout(

@@ -13,6 +13,7 @@ Shapes: T trunk tokens, N scored tokens.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -27,7 +28,8 @@ class PackedBatch:
 
     `groups`: ((prompt tokens, (completion trunk tokens, ...)), ...), for the attention layout.
     `rows_N`: the trunk row whose hidden state predicts each scored token. `no_end_N`: the sampler
-    was not allowed to end here. `members`: the rollouts in order of their scored tokens.
+    was not allowed to end here. `kept_N` (bool): the tokens that have a surrogate, None for all.
+    `members`: the rollouts in order of their scored tokens.
     """
 
     input_ids_T: torch.Tensor
@@ -40,11 +42,17 @@ class PackedBatch:
     weights_N: torch.Tensor
     no_end_N: torch.Tensor
     ref_logprobs_N: torch.Tensor | None
+    kept_N: torch.Tensor | None
     members: tuple[Rollout, ...]
 
     @property
     def tokens(self) -> int:
         return self.input_ids_T.numel()
+
+    @property
+    def kept(self) -> int:
+        """Scored tokens that have a surrogate."""
+        return self.targets_N.numel() if self.kept_N is None else int(sum(self.kept_N.tolist()))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -76,13 +84,18 @@ def pack(
     max_tokens: int,
     min_completion_length: int = 0,
     skip_zero_advantage: bool = False,
+    entropy_threshold: float | None = None,
 ) -> list[PackedBatch]:
     """Micro-batches (on the CPU) of scored groups; `weights`: one for each rollout, in order.
 
     Rollouts of weight 0 are left out, and with `skip_zero_advantage` those whose advantage is zero:
-    right when beta is 0, since then nothing else of theirs reaches the gradient. Rollouts keep
+    right when beta is 0, since then nothing else of theirs reaches the gradient. With an
+    `entropy_threshold`, tokens that were drawn with less entropy have no surrogate. Rollouts keep
     their order; a prompt is repeated only where its group is cut.
     """
+    lay = partial(
+        _lay, min_completion_length=min_completion_length, entropy_threshold=entropy_threshold
+    )
     batches: list[PackedBatch] = []
     current: list[_Part] = []
     used = 0
@@ -93,20 +106,20 @@ def pack(
         prompt = len(group.prompt_ids)
         whole = prompt + sum(len(rollout.completion_ids) - 1 for rollout, _, _ in kept)
         if kept and used and used + whole > max_tokens:
-            batches.append(_lay(current, min_completion_length))
+            batches.append(lay(current))
             current, used = [], 0
         part = _Part(group.prompt_ids, [])
         for member in kept:
             cost = len(member[0].completion_ids) - 1
             if part.rollouts and used + cost > max_tokens:  # only a group that fits nowhere is cut
-                batches.append(_lay([part], min_completion_length))
+                batches.append(lay([part]))
                 used, part = 0, _Part(group.prompt_ids, [])
             used += cost if part.rollouts else prompt + cost
             part.rollouts.append(member)
         if part.rollouts:
             current.append(part)
     if current:
-        batches.append(_lay(current, min_completion_length))
+        batches.append(lay(current))
     return batches
 
 
@@ -119,9 +132,11 @@ def store_reference(batch: PackedBatch, ref_logprobs_N: torch.Tensor) -> None:
         at = end
 
 
-def _lay(parts: list[_Part], min_completion_length: int) -> PackedBatch:
+def _lay(
+    parts: list[_Part], min_completion_length: int, entropy_threshold: float | None
+) -> PackedBatch:
     ids, positions, rows, targets, old, reference = [], [], [], [], [], []
-    advantages, weights, no_end, layout, members = [], [], [], [], []
+    advantages, weights, no_end, kept, layout, members = [], [], [], [], [], []
     for part in parts:
         prompt = len(part.prompt_ids)
         last_of_prompt = len(ids) + prompt - 1
@@ -139,6 +154,8 @@ def _lay(parts: list[_Part], min_completion_length: int) -> PackedBatch:
             advantages += [advantage] * len(tokens)
             weights += [weight] * len(tokens)
             no_end += [t < min_completion_length for t in range(len(tokens))]
+            if entropy_threshold is not None:
+                kept += [entropy >= entropy_threshold for entropy in rollout.entropies]
             members.append(rollout)
         layout.append((prompt, tuple(len(r.completion_ids) - 1 for r, _, _ in part.rollouts)))
     return PackedBatch(
@@ -152,5 +169,6 @@ def _lay(parts: list[_Part], min_completion_length: int) -> PackedBatch:
         weights_N=torch.tensor(weights, dtype=torch.float32),
         no_end_N=torch.tensor(no_end),
         ref_logprobs_N=torch.tensor(reference, dtype=torch.float32) if reference else None,
+        kept_N=torch.tensor(kept) if entropy_threshold is not None else None,
         members=tuple(members),
     )

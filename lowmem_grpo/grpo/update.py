@@ -7,6 +7,7 @@ is the gradient of the step.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,7 @@ from lowmem_grpo.grpo.packing import PackedBatch, store_reference
 
 __all__ = [
     "NonFiniteError",
+    "Scored",
     "Scoring",
     "UpdateStats",
     "accumulate",
@@ -27,6 +29,16 @@ class NonFiniteError(ArithmeticError):
     """The loss or a gradient is NaN or infinite; the step was not applied."""
 
 
+class Scored(NamedTuple):
+    """Of each scored token, float32 [N]: log-probability, entropy, and where it was asked for the
+    exact divergence from the reference.
+    """
+
+    logprobs_N: torch.Tensor
+    entropies_N: torch.Tensor
+    divergences_N: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How log-probs are taken: at the sampler's temperature, no `end_ids` where `no_end_N`;
@@ -37,19 +49,29 @@ class Scoring:
     end_ids: tuple[int, ...]
     entropy_gradient: bool = False
 
-    def __call__(self, policy, batch: PackedBatch):
-        """Log-probs and entropies (float32 [N]) of a batch on the policy's device, in its role."""
+    def hidden(self, policy, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [N, D] that predict the scored tokens, of the policy in its role."""
         hidden_TD = policy.hidden(batch.input_ids_T, batch.positions_T, policy.layout(batch.groups))
-        hidden_ND = hidden_TD.index_select(0, batch.rows_N)
-        del hidden_TD
-        return policy.score(
-            hidden_ND,
-            batch.targets_N,
-            temperature=self.temperature,
-            forbidden_ids=self.end_ids,
-            forbidden_N=batch.no_end_N,
-            entropy_gradient=self.entropy_gradient,
-        )
+        return hidden_TD.index_select(0, batch.rows_N)
+
+    def __call__(self, policy, batch: PackedBatch, reference_ND=None) -> Scored:
+        """Scores of a batch on the policy's device, in its role. `reference_ND`: what `hidden` gave
+        of the reference, for divergences.
+        """
+        hidden_ND = self.hidden(policy, batch)
+        return self.score(policy, hidden_ND, batch.targets_N, batch.no_end_N, reference_ND)
+
+    def score(self, policy, hidden_ND, targets_N, no_end_N, reference_ND=None) -> Scored:
+        """The head's part of it."""
+        how = {
+            "temperature": self.temperature,
+            "forbidden_ids": self.end_ids,
+            "forbidden_N": no_end_N,
+        }
+        scores = policy.score(hidden_ND, targets_N, entropy_gradient=self.entropy_gradient, **how)
+        if reference_ND is None:
+            return Scored(*scores)
+        return Scored(*scores, policy.divergence(hidden_ND, reference_ND, **how))
 
 
 @dataclass
@@ -81,7 +103,7 @@ def score_reference(
     found = []
     for batch in batches:
         with policy.as_reference():
-            logprobs_N, _ = scoring(policy, batch.to(policy.device))
+            logprobs_N = scoring(policy, batch.to(policy.device)).logprobs_N
         found.append(logprobs_N.cpu())
         advance(batch.tokens)
     # All at the end: a run that fails half-way is saved, and must not hold half of the numbers.
@@ -102,29 +124,40 @@ def accumulate(
     loss_scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> UpdateStats:
-    """Add the gradient of the step's loss to the adapters, one micro-batch after another."""
+    """Add the gradient of the step's loss to the adapters, one micro-batch after another.
+
+    Where the objective's divergence is exact, the reference's trunk goes over each micro-batch
+    before the policy's: what is needed of it are hidden states, and those of a phase before would
+    have to lie on the host, and in checkpoints. `tokens_trunk` counts the policy's alone.
+    """
     stats = UpdateStats()
     scoring = replace(scoring, entropy_gradient=objective.entropy_coef != 0.0)
-    tokens = sum(batch.targets_N.numel() for batch in batches)
+    tokens = sum(batch.kept for batch in batches)
     for cpu_batch in batches:
-        batch = cpu_batch.to(policy.device)
+        batch, reference_ND = cpu_batch.to(policy.device), None
+        if objective.exact:
+            with policy.as_reference():
+                reference_ND = scoring.hidden(policy, batch)
         with policy.as_trainable(
             checkpointing=checkpointing, offloading=offloading, overlapping=overlapping
         ):
-            logprobs_N, entropy_N = scoring(policy, batch)
+            scored = scoring(policy, batch, reference_ND)
+            del reference_ND
             inputs = ObjectiveInputs(
-                logprobs_N=logprobs_N,
+                logprobs_N=scored.logprobs_N,
                 old_logprobs_N=batch.old_logprobs_N,
                 advantages_N=batch.advantages_N,
                 weights_N=batch.weights_N,
                 ref_logprobs_N=batch.ref_logprobs_N,
                 lengths=batch.lengths,
-                entropies_N=entropy_N,
+                entropies_N=scored.entropies_N,
                 tokens=tokens,
+                divergences_N=scored.divergences_N,
+                kept_N=batch.kept_N,
             )
             loss, sums = objective(inputs)
             (loss if loss_scale is None else loss_scale(loss)).backward()
-        sums["loss"], sums["entropy"] = loss.detach(), entropy_N.detach().sum()
+        sums["loss"], sums["entropy"] = loss.detach(), scored.entropies_N.detach().sum()
         # One transfer for all the numbers of a micro-batch: each waits for the device.
         values = torch.stack([sums[name].float() for name in sums]).tolist()
         for name, value in zip(sums, values, strict=True):

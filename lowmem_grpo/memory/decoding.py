@@ -42,7 +42,7 @@ def decode(policy, wave: Wave, sampling: Sampling, recorder, places: int | None 
             logits_RV = policy.logits(hidden_RD)
             if t < sampling.min_completion_length:
                 logits_RV[:, [0]] = -torch.inf
-            tokens_R, _ = choose(logits_RV, uniforms_RC[:, t], sampling)
+            tokens_R = choose(logits_RV, uniforms_RC[:, t], sampling).tokens_R
             if t == wave.tokens - 1:
                 break
             cache.jump(t)

@@ -203,13 +203,13 @@ def _update(
     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
     parameters = list(policy.adapter_parameters().values())
-    if config.grpo.beta:
+    if config.grpo.scores_reference:
         with gauge.phase("reference"):
-            score_reference(policy, packed(groups), scoring, advance)
+            score_reference(policy, packed(groups, config), scoring, advance)
     with gauge.phase("update"):
         accumulate(
             policy,
-            packed(groups),
+            packed(groups, config),
             scoring,
             **update_settings(config),
             loss_scale=scaler.scale if scaler is not None else None,

@@ -123,7 +123,10 @@ class Phases:
         events = together(parts, score, optimizer)
         step = [event for event in events if event.phase != "load"]
         repeated = again(step) if steps > 1 else []
-        return Traced(events + repeated, score.kept, optimizer.kept, load.host + score.host)
+        copied = score.kept
+        if config.grpo.moves_reference:  # which a checkpoint copies, too
+            copied += score.kept * self._dtype.itemsize // torch.float32.itemsize
+        return Traced(events + repeated, copied, optimizer.kept, load.host + score.host)
 
     def alone(self, config: Config, shapes: Wave | tuple[Batch, ...]) -> Alone:
         """One phase by itself: a wave of the sampler, or reference and update of micro-batches.
@@ -170,10 +173,9 @@ class Phases:
 
     def _scored(self, config: Config, batches: tuple[Batch, ...], few: bool = False) -> Part:
         m = config.memory
-        beta = 0.0 if few else config.grpo.beta
         how = m.gradient_checkpointing, m.activation_offloading, m.offload_overlap
         tiles = m.mlp_tile_tokens, m.logits_tile_tokens, m.logits_tile_vocab
-        return self._part(self._score, batches, beta, how, tiles, few)
+        return self._part(self._score, batches, how, tiles, few)
 
     def _part(self, run, *shape) -> Part:
         key = run.__name__, self._ends, *shape
@@ -232,8 +234,12 @@ class Phases:
                 self._policy.head_kernels = NoKernels
             if bits == 8:
                 self._policy.round_head()
+            loaded = len(recorder.events)
+            if self._config.grpo.moves_reference:
+                self._policy.keep_reference()
         self._policies[self._ends] = self._policy
-        layers = layers_by_name(recorder.events[:weights]) + recorder.layers[weights:]
+        layers = layers_by_name(recorder.events[:weights]) + recorder.layers[weights:loaded]
+        layers += layers_by_name(recorder.events[loaded:])
         events, host = without_host(self._deep(recorder, layers))
         return Part(events, recorder.workspaces, kept=add_up(events).final_allocated, host=host)
 
@@ -250,18 +256,19 @@ class Phases:
     def _score(
         self,
         batches: tuple[Batch, ...],
-        beta: float,
         how: tuple[bool, bool, bool],
         tiles: tuple[int, int, int],
         few: bool,
     ) -> Part:
         """Reference and update. `how`: checkpointing, offloading, overlapping; `tiles`: tokens of
-        an MLP's, rows and columns of the head's.
+        an MLP's, rows and columns of the head's; `few`: without a reference before the update.
         """
         how = dict(zip(("checkpointing", "offloading", "overlapping"), how, strict=True))
         policy, config = self._policy, self._config
-        settings = update_settings(config)
-        settings |= {"objective": replace(settings["objective"], beta=beta), **how}
+        settings = update_settings(config) | how
+        referred = config.grpo.scores_reference and not few
+        if few and not settings["objective"].exact:
+            settings["objective"] = replace(settings["objective"], beta=0.0)
         policy.set_mlp_tile(tiles[0])
         policy.tiles = {"tile_tokens": tiles[1], "tile_vocab": tiles[2]}
         groups = [groups_of(batch) for batch in batches]
@@ -271,13 +278,13 @@ class Phases:
         with _refused(policy), self._recorder() as recorder:
             if self._cuda:  # on a CPU the host's copies are the device's as well
                 policy.buffers = CountedBuffers(recorder)
-            if beta:
+            if referred:
                 with recorder.phase("reference"):
-                    score_reference(policy, packed(groups), scoring)
+                    score_reference(policy, packed(groups, config), scoring)
             with recorder.phase("update"):
                 accumulate(
                     policy,
-                    packed(groups),
+                    packed(groups, config),
                     scoring,
                     **settings,
                     loss_scale=scaler.scale if scaler is not None else None,

@@ -34,8 +34,8 @@ __all__ = ["MemoryPlan", "PhasePlan", "Planner"]
 
 SETTINGS = (
     "lora.r", "lora.target_modules", "rollout.num_generations", "rollout.problems_per_step",
-    "rollout.max_prompt_length", "rollout.max_completion_length", "grpo.beta", "grpo.entropy_coef",
-    "optimizer.optim",
+    "rollout.max_prompt_length", "rollout.max_completion_length", "grpo.beta", "grpo.kl_estimator",
+    "grpo.entropy_coef", "optimizer.optim",
     "memory.micro_batch_tokens", "memory.gradient_checkpointing", "memory.activation_offloading",
     "memory.offload_overlap", "memory.mlp_tile_tokens", "memory.logits_tile_tokens",
     "memory.logits_tile_vocab", "memory.rollout_batch_size", "memory.kv_cache_bits",

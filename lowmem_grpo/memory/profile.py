@@ -45,6 +45,8 @@ def profile(
         with gauge:
             with gauge.phase("load"):
                 policy = open_policy(config, say)
+                if config.grpo.moves_reference:
+                    policy.keep_reference()
             gauge.adopt(alive(policy), policy.model)
             policy.release()
             optimizer = open_optimizer(config, list(policy.adapter_parameters().values()))

@@ -163,21 +163,25 @@ def _uneven(config: Config) -> list[Batch]:
 
 
 def groups_of(batch: Batch) -> list[Group]:
-    """Groups of these lengths, of tokens and log-probs that are all 0 and advantages that are 1."""
+    """Groups of these lengths, of tokens, log-probs and entropies that are all 0 and advantages
+    that are 1.
+    """
     problem = Problem("plan", ({"role": "user", "content": ""},), "")
     groups = []
     for prompt, lengths in batch:
-        rollouts = [Rollout([0] * n, [0.0] * n, "length", "") for n in lengths]
+        rollouts = [Rollout([0] * n, [0.0] * n, "length", "", entropies=[0.0] * n) for n in lengths]
         groups.append(Group(problem, [0] * prompt, rollouts, advantages=[1.0] * len(lengths)))
     return groups
 
 
-def packed(batches: list[list[Group]]) -> list[PackedBatch]:
-    """One micro-batch of each list of groups, whatever its size."""
+def packed(batches: list[list[Group]], config: Config) -> list[PackedBatch]:
+    """One micro-batch of each list of groups, whatever its size, with what a run has beside it."""
+    threshold = 0.0 if config.grpo.masks_by_entropy else None
     found = []
     for groups in batches:
         rows = sum(len(group.rollouts) for group in groups)
-        found += pack(groups, [1.0 / rows] * rows, max_tokens=MOST_TOKENS)
+        weights = [1.0 / rows] * rows
+        found += pack(groups, weights, max_tokens=MOST_TOKENS, entropy_threshold=threshold)
     return found
 
 

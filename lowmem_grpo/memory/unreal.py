@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from lowmem_grpo.grpo.update import Scoring
+from lowmem_grpo.grpo.update import Scored, Scoring
 from lowmem_grpo.policy.activations import PAGE_BYTES, HostBuffers
 from lowmem_grpo.policy.ends import HostTable
 
@@ -90,24 +90,21 @@ class FewTiles(Scoring):
     memory once more, after those have given it back.
     """
 
-    def __call__(self, policy, batch):
-        hidden_TD = policy.hidden(batch.input_ids_T, batch.positions_T, policy.layout(batch.groups))
-        hidden_ND = hidden_TD.index_select(0, batch.rows_N)
-        del hidden_TD
+    def __call__(self, policy, batch, reference_ND=None):
+        hidden_ND = self.hidden(policy, batch)
         rows, tile = hidden_ND.shape[0], policy.tiles["tile_tokens"]
         kept = slice(0, min(rows, 2 * tile + rows % tile))
-        logprobs, entropy = policy.score(
-            hidden_ND[kept],
-            batch.targets_N[kept],
-            temperature=self.temperature,
-            forbidden_ids=self.end_ids,
-            forbidden_N=batch.no_end_N[kept],
-            entropy_gradient=self.entropy_gradient,
-        )
+        cut = hidden_ND[kept], batch.targets_N[kept], batch.no_end_N[kept]
+        reference_nD = None if reference_ND is None else reference_ND[kept]
+        logprobs, entropies, divergences = self.score(policy, *cut, reference_nD)
         rest = 0, rows - logprobs.shape[0]
         if logprobs.requires_grad and not self.entropy_gradient:  # of each row a direction is kept
             logprobs = _Beside.apply(logprobs, torch.empty_like(hidden_ND[: rest[1]]))
-        return torch.nn.functional.pad(logprobs, rest), torch.nn.functional.pad(entropy, rest)
+        if divergences is not None:  # and another
+            divergences = _Beside.apply(divergences, torch.empty_like(hidden_ND[: rest[1]]))
+            divergences = torch.nn.functional.pad(divergences, rest)
+        padded = (torch.nn.functional.pad(x, rest) for x in (logprobs, entropies))
+        return Scored(*padded, divergences)
 
 
 class _Beside(torch.autograd.Function):

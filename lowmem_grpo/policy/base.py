@@ -3,9 +3,11 @@
 There is one copy of the weights. Which role it plays is a matter of the adapters:
 
     role                 method                          adapters  gradients
-    reference            `with policy.as_reference():`   off       no
+    reference            `with policy.as_reference():`   off (*)   no
     old policy, sampler  `with policy.as_sampler():`     on        no
     trainable policy     `with policy.as_trainable():`   on        yes
+
+(*) or, after `keep_reference`, a copy of them as they were when `sync_reference` was last called.
 
 Outside every `with` the policy is trainable. A role ends with its block, also when the block
 raises.
@@ -38,6 +40,7 @@ from lowmem_grpo.policy.activations import (
     set_checkpointing,
 )
 from lowmem_grpo.policy.attention import PackedLayout
+from lowmem_grpo.policy.divergence import token_divergence
 from lowmem_grpo.policy.ends import HostTable, RoundedHead, embedding_to_host, round_head
 from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
@@ -80,6 +83,7 @@ class Policy:
         self.head_kernels = None
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
+        self._keeping: list[LoraLinear4bit] = []  # layers with a copy of their adapter
         self._sampling = False
         self.sampling_layers = None
         self.causal_lm = model.get_base_model()
@@ -95,7 +99,17 @@ class Policy:
 
     @contextlib.contextmanager
     def as_reference(self):
-        """Adapters off, no gradients: the base."""
+        """Adapters off, no gradients: the base; or with the adapters that were kept."""
+        if self._keeping:
+            for layer in self._keeping:
+                layer.referring = True
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                for layer in self._keeping:
+                    layer.referring = False
+            return
         self.model.base_model.disable_adapter_layers()
         try:
             with torch.no_grad():
@@ -123,9 +137,47 @@ class Policy:
 
     def share_inputs(self, forward) -> None:
         """Let layers that are given the same tensor sample together; `forward()` shows which."""
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
-        self._shared = find(layers, forward)
+        self._shared = find(self._adapted(), forward)
         self.sampling_layers = sampling_layers(self.causal_lm, self._shared)
+
+    def _adapted(self) -> list[LoraLinear4bit]:
+        return [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
+
+    def keep_reference(self) -> None:
+        """From here on the reference is the base with a copy of the adapters, which is made now.
+        Raises ModelError where there are adapters on layers that are not in 4 bits.
+        """
+        self._keeping = self._adapted()
+        if 2 * len(self._keeping) != len(self.adapter_parameters()):
+            raise ModelError(
+                "grpo.sync_ref_model = true: adapters on layers that are not in 4 bits have no "
+                "copy to refer to; leave those out of lora.target_modules"
+            )
+        for layer in self._keeping:
+            layer.keep_reference(self.dtype)
+
+    def sync_reference(self) -> None:
+        """Move a kept reference to the policy as it is now."""
+        for layer in self._keeping:
+            layer.sync_reference()
+
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        """The kept reference's adapters by name, copies on the CPU; nothing where none is kept."""
+        return {n: t.to("cpu", copy=True) for n, t in self._reference().items()}
+
+    def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put a saved reference in the place of the kept one. Raises ModelError where it does not
+        fit.
+        """
+        own = self._reference()
+        if own.keys() != state.keys() or any(own[n].shape != t.shape for n, t in state.items()):
+            raise ModelError("the saved reference does not fit this model's adapters")
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+    def _reference(self) -> dict[str, torch.Tensor]:
+        named = self.model.named_buffers() if self._keeping else ()
+        return {name: buffer for name, buffer in named if ".lora_reference_" in name}
 
     def tensors_beside(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept on the device beside the model, by name: the sampler's, a head in 8 bits."""
@@ -221,6 +273,15 @@ class Policy:
             **self.tiles,
         )
 
+    def divergence(self, hidden_ND, reference_ND, **options) -> torch.Tensor:
+        """KL(policy || reference) [N] over the whole vocabulary, by tiles; `options`: see
+        `token_divergence`.
+        """
+        head = self.head_weight_VD
+        return token_divergence(
+            hidden_ND, reference_ND, head, bias_V=self.head_bias_V, **options, **self.tiles
+        )
+
     # --- Adapters
 
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -275,8 +336,15 @@ def attach_adapters(causal_lm, settings: AdapterSettings, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(causal_lm, config, adapter_name=ADAPTER)
+            model = get_peft_model(causal_lm, config, adapter_name=ADAPTER)
         except ValueError as error:
             raise ModelError(
                 f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}"
             ) from error
+    if any("lora_" in name for name, _ in causal_lm.get_output_embeddings().named_parameters()):
+        # The head is read by tiles of its weight, in every role: adapters on it would do nothing.
+        raise ModelError(
+            f"lora.target_modules = {targets!r}: adapters on the output head are not supported, "
+            "which every role shares: leave it out"
+        )
+    return model

@@ -32,7 +32,14 @@ Pure: tensors in, tensors out.
 
 import torch
 
-__all__ = ["full_logits", "logits_tile", "naive_token_logprobs", "token_logprobs"]
+__all__ = [
+    "along",
+    "forbid",
+    "full_logits",
+    "logits_tile",
+    "naive_token_logprobs",
+    "token_logprobs",
+]
 
 
 def token_logprobs(
@@ -220,7 +227,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp_N, grad_entropy_N):
         if ctx.directed:
-            return _along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 10
+            return along(*ctx.saved_tensors, grad_logp_N, ctx.tiles[2]), *(None,) * 10
         hidden_ND, targets_N, banned_N, lse_N, entropy_N = ctx.saved_tensors
         weight_VD, bias_V = ctx.head
         scale, _, tile_n, tile_v = ctx.tiles
@@ -254,8 +261,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_ND, *(None,) * 10
 
 
-def _along(direction_ND, grad_N, tile_n):
-    """The gradient of the hidden states: each row's direction as long as its log-prob asks for."""
+def along(direction_ND: torch.Tensor, grad_N: torch.Tensor, tile_n: int) -> torch.Tensor:
+    """The gradient of hidden states, [N, D]: each row's direction as long as `grad_N` asks for."""
     grad_ND = torch.empty_like(direction_ND)
     for low in range(0, len(grad_N), tile_n):
         row = slice(low, low + tile_n)
@@ -266,21 +273,24 @@ def _along(direction_ND, grad_N, tile_n):
 def _tile(tiles, h_nD, w_vD, bias_V, banned_N, row, start):
     """Scaled logits in float32, -inf where a token is forbidden."""
     bias_v = None if bias_V is None else bias_V[start : start + w_vD.shape[0]]
-    return _forbid(logits_tile(h_nD, w_vD, bias_v, tiles[0]), tiles[1], banned_N, row, start)
+    return forbid(logits_tile(h_nD, w_vD, bias_v, tiles[0]), tiles[1], banned_N, row, start)
 
 
 def _product(tiles, h_nD, w_vD, bias_V, banned_N, row, start):
     """The same, not scaled, in the dtype of the product."""
     bias_v = None if bias_V is None else bias_V[start : start + w_vD.shape[0]]
     z_nv = torch.nn.functional.linear(h_nD, w_vD, bias_v)
-    return _forbid(z_nv, tiles[1], banned_N, row, start)
+    return forbid(z_nv, tiles[1], banned_N, row, start)
 
 
-def _forbid(z_nv, banned, banned_N, row, start):
+def forbid(z_nv, banned, banned_N, row: slice, start: int, value: float = -torch.inf):
+    """`value` in place for the tokens `banned` of a tile whose first column is the token `start`,
+    in those of its rows (`row` of all) where `banned_N` (bool [N], or None) is true.
+    """
     if banned_N is not None:
         for token in banned:
             if start <= token < start + z_nv.shape[1]:
-                z_nv[:, token - start].masked_fill_(banned_N[row], -torch.inf)
+                z_nv[:, token - start].masked_fill_(banned_N[row], value)
     return z_nv
 
 

@@ -45,6 +45,7 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
         self.sampling = None  # while sampling, what computes the layer with its neighbours
+        self.referring = False  # whether the adapters are those of `keep_reference`
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,10 +56,29 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         rows = x.flatten(0, -2)
         result = self.base_layer(rows)
         if not self.disable_adapters:
-            lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+            lora_a, lora_b = self._adapter()
             inner = torch.nn.functional.linear(rows, lora_a.to(x.dtype))
             result.addmm_(inner, lora_b.to(x.dtype).t(), alpha=self.scaling[ADAPTER])
         return result.unflatten(0, x.shape[:-1])
+
+    def _adapter(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.referring:
+            return self.lora_reference_A, self.lora_reference_B
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+
+    def keep_reference(self, dtype: torch.dtype) -> None:
+        """Keep a copy of the adapter, in the dtype that it is multiplied in. No state_dict has it:
+        it is no part of the adapter's file.
+        """
+        a, b = self._adapter()
+        self.register_buffer("lora_reference_A", a.detach().to(dtype, copy=True), persistent=False)
+        self.register_buffer("lora_reference_B", b.detach().to(dtype, copy=True), persistent=False)
+
+    def sync_reference(self) -> None:
+        """Make the copy what the adapter is now."""
+        a, b = self._adapter()
+        self.lora_reference_A.copy_(a.detach())
+        self.lora_reference_B.copy_(b.detach())
 
 
 def lora_config(

@@ -94,6 +94,7 @@ def sample_groups(
             Rollout(
                 completion_ids=c.ids,
                 logprobs=c.logprobs,
+                entropies=c.entropies if sampling.entropies else None,
                 finish_reason="stop" if c.ended else "length",
                 text=policy.tokenizer.decode(c.ids, skip_special_tokens=True),
             )

@@ -12,7 +12,7 @@ keys and values, so doing it for each single row would cost more than it saves.
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,13 +36,14 @@ class Request:
 
 @dataclass
 class Completion:
-    """Token ids, their log-probs under the distribution they were drawn from, and whether it ended
-    by itself.
+    """Token ids, their log-probs under the distribution they were drawn from, whether it ended by
+    itself, and that distribution's entropies, where they are wanted.
     """
 
     ids: list[int]
     logprobs: list[float]
     ended: bool = False
+    entropies: list[float] = field(default_factory=list)
 
 
 def sample(
@@ -113,10 +114,11 @@ def _decode(
             uniforms_R = uniforms_RC[:, steps[0]]
         else:
             uniforms_R = uniforms_RC[_column(places, device), _column(steps, device)][:, 0]
-        tokens_R, logprobs_R = choose(logits_RV, uniforms_R, sampling)
+        tokens_R, logprobs_R, entropies_R = choose(logits_RV, uniforms_R, sampling)
+        entropies = [] if entropies_R is None else entropies_R.tolist()
         count = 0
-        for place, token, logprob in zip(
-            places, tokens_R.tolist(), logprobs_R.tolist(), strict=True
+        for n, (place, token, logprob) in enumerate(
+            zip(places, tokens_R.tolist(), logprobs_R.tolist(), strict=True)
         ):
             drawn[place] += 1
             if place in ended:
@@ -129,6 +131,7 @@ def _decode(
             completion = completions[rows[place]]
             completion.ids.append(token)
             completion.logprobs.append(logprob)
+            completion.entropies += entropies[n : n + 1]
             completion.ended = token in end_ids
             if completion.ended or len(completion.ids) == sampling.max_completion_length:
                 ended.add(place)

@@ -14,17 +14,19 @@ Pure. Shapes: R rows, V vocabulary, C tokens.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["Sampling", "choose", "distribution", "uniforms"]
+__all__ = ["Drawn", "Sampling", "choose", "distribution", "uniforms"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How completions are drawn. Temperature 0 is greedy. The end token counts towards the maximum
-    length; at least the minimum of other tokens comes before it.
+    length; at least the minimum of other tokens comes before it. `entropies`: whether those of what
+    is drawn from are wanted.
     """
 
     temperature: float = 1.0
@@ -33,11 +35,22 @@ class Sampling:
     min_p: float = 0.0
     min_completion_length: int = 0
     max_completion_length: int = 256
+    entropies: bool = False
 
     @property
     def truncates(self) -> bool:
         """Whether tokens that the policy could produce are never drawn."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+class Drawn(NamedTuple):
+    """Tokens (int64 [R]), their log-probs and, where they are wanted, the entropies of what they
+    were drawn from (float32 [R], nat).
+    """
+
+    tokens_R: torch.Tensor
+    logprobs_R: torch.Tensor
+    entropies_R: torch.Tensor | None
 
 
 def uniforms(seed: int, step: int, problem: int, rollout: int, count: int) -> np.ndarray:
@@ -68,11 +81,8 @@ def distribution(logits_RV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logits_RV.log_softmax(1)
 
 
-def choose(
-    logits_RV: torch.Tensor, uniforms_R: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (int64 [R]) and their log-probs (float32 [R]) from float32 logits and float64
-    uniforms.
+def choose(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, sampling: Sampling) -> Drawn:
+    """Tokens from float32 logits and float64 uniforms, with what there is to know of their draw.
 
     Greedy choices are given their log-prob under the untruncated distribution at temperature 1.
     """
@@ -91,4 +101,10 @@ def choose(
         tokens_R = torch.searchsorted(cumulative_RV, drawn_R1, right=True)[:, 0]
         # NaN logits find no token: one is made up, so that its NaN log-prob can be returned.
         tokens_R = tokens_R.clamp_(max=logp_RV.shape[1] - 1)
-    return tokens_R, logp_RV.gather(1, tokens_R[:, None])[:, 0]
+        del cumulative_RV
+    logprobs_R = logp_RV.gather(1, tokens_R[:, None])[:, 0]
+    if not sampling.entropies:
+        return Drawn(tokens_R, logprobs_R, None)
+    p_RV = logp_RV.exp()
+    # A token that cannot be drawn has p = 0 and log p = -inf, whose product would be NaN.
+    return Drawn(tokens_R, logprobs_R, -p_RV.mul_(logp_RV.clamp_min_(-1e4)).sum(1))

@@ -5,6 +5,7 @@ so that groups are written to a file and read back without loss.
 """
 
 from dataclasses import dataclass, field
+from math import fsum
 
 from lowmem_grpo.tasks.base import Problem
 
@@ -18,6 +19,7 @@ class Rollout:
 
     `finish_reason`: "stop" (the last token is an end-of-sequence token) or "length". `text`:
     decoded without special tokens. `ref_logprobs`: the reference's, once it has been asked.
+    `entropies`: of the distributions that the tokens were drawn from, in nat, where they are asked.
     """
 
     completion_ids: list[int]
@@ -25,6 +27,14 @@ class Rollout:
     finish_reason: str
     text: str
     ref_logprobs: list[float] | None = None
+    entropies: list[float] | None = None
+
+    @property
+    def summed_kl(self) -> float:
+        """Of a completion whose reference has been asked: the sum over its tokens of k1, log-prob
+        as sampled less the reference's. Its mean is the KL of whole completions, in nat.
+        """
+        return fsum(self.logprobs) - fsum(self.ref_logprobs)
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """Checkpoints: everything a run is after a step, in safetensors and JSON.
 
 A checkpoint is written into a hidden directory and renamed when it is complete. It holds the
-adapters, the optimizer's moments, and a state: the step, the gradient scaler, and the groups in
-hand (those that were sampled but not yet fully trained on), so that a run stopped anywhere goes on
-with the very same tokens. Random numbers need no saving: they are functions of (seed, step,
-problem, rollout).
+adapters, the optimizer's moments, the reference if it is one that moves, and a state: the step, the
+gradient scaler, and the groups in hand (those that were sampled but not yet fully trained on), so
+that a run stopped anywhere goes on with the very same tokens. Random numbers need no saving: they
+are functions of (seed, step, problem, rollout).
 """
 
 import json
@@ -81,6 +81,8 @@ def save_checkpoint(
     save_file(
         optimizer_state(optimizer, names), partial / "optimizer.safetensors", {"format": "pt"}
     )
+    if reference := policy.reference_state():
+        save_file(reference, partial / "reference.safetensors", {"format": "pt"})
     document = {
         "format": FORMAT,
         **{k: v for k, v in vars(state).items() if k not in ("groups", "rates")},
@@ -124,6 +126,8 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
             f"use --set model.compute_dtype={document['compute_dtype']}"
         )
     policy.load_adapter_state(read_adapter(path))
+    if policy.reference_state():
+        policy.load_reference_state(_read_tensors(path / "reference.safetensors"))
     moments = _read_tensors(path / "optimizer.safetensors")
     load_optimizer_state(optimizer, list(policy.adapter_parameters()), moments)
     groups = document["groups"]

@@ -32,7 +32,8 @@ def step_record(
     Means over tokens are over the tokens that took part in the update. `sampler_kl` is taken in the
     first iteration on a batch, before the update; later the policy has moved, and it is None. None
     also stands for what was not computed: `kl` without a reference, token means when no rollout
-    took part. `constant_rewards`: functions that gave every completion one value.
+    took part. A KL that is taken from rewards is in the advantages alone, and in none of these.
+    `constant_rewards`: functions that gave every completion one value.
     `away`: groups that made way for others, and their tokens; nothing else counts them.
     `reward_failures`: scores that failed, by function and reason; means are without them, and
     `reward_mean` and `reward_std` without the `dropped_rollouts` (unless that leaves none).
@@ -47,7 +48,7 @@ def step_record(
         for name in groups[0].rewards_by_name
     }
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    flat = sum(not any(group.advantages) for group in groups)  # equal rewards, in each function
+    flat = sum(not any(group.advantages) or _constant(group) for group in groups)
     first = iteration == 0
     return {
         "step": step,
@@ -94,6 +95,12 @@ def _failures(groups: list[Group]) -> dict[str, dict[str, int]]:
         for name, reasons in group.failures.items():
             found.setdefault(name, Counter()).update(reasons)
     return {name: dict(reasons) for name, reasons in found.items() if reasons}
+
+
+def _constant(group: Group) -> bool:
+    """Equal rewards in each function; a KL among the rewards differs even then."""
+    each = group.rewards_by_name.values()
+    return bool(each) and all(len(set(values)) == 1 for values in each)
 
 
 class MetricsWriter:

@@ -108,14 +108,16 @@ def roll_out(policy, values: Values) -> list[int]:
     """Two completions for each of two prompts; their lengths."""
     values.rows_per_problem = 2
     requests = [Request([5] * n, [np.full(6, 0.5)] * 2) for n in (7, 4)]
-    how = Sampling(max_completion_length=6, min_completion_length=2)
+    how = Sampling(max_completion_length=6, min_completion_length=2, entropies=True)
     with policy.as_sampler():
         found = sample(policy, requests, how, end_ids=(0,), batch_size=4)
     return [len(c.ids) for completions in found for c in completions]
 
 
-def step(policy, groups, **how) -> dict:
-    """Reference, update and optimizer step as the trainer does them; what is then on the device."""
+def step(policy, groups, whole=False, **how) -> dict:
+    """Reference, update and optimizer step as the trainer does them; what is then on the device.
+    `whole`: with the exact divergence, and surrogates of the tokens of most entropy alone.
+    """
     weights = [0.1] * 5
     scoring = Scoring(temperature=0.9, end_ids=(0,))
     layout = {"max_tokens": 24, "min_completion_length": 2}
@@ -125,8 +127,9 @@ def step(policy, groups, **how) -> dict:
         parameters.values(), optim="adamw_torch", learning_rate=1e-3, betas=(0.9, 0.99), eps=1e-8,
         weight_decay=0.01,
     )  # fmt: skip
-    batches = pack(groups, weights, **layout)
-    objective = Objective(epsilon=0.2, epsilon_high=0.28, beta=0.04)
+    kind = {"kl_estimator": "exact", "entropy_coef": 0.1} if whole else {}
+    batches = pack(groups, weights, **layout, entropy_threshold=0.5 if whole else None)
+    objective = Objective(epsilon=0.2, epsilon_high=0.28, beta=0.04, **kind)
     stats = accumulate(policy, batches, scoring, objective, **how)
     places = {f"{p.grad.device.type} {p.grad.dtype}" for p in parameters.values()}
     apply_update(list(parameters.values()), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
@@ -155,6 +158,7 @@ def run(
     mlp_tile=0,
     cache_bits=16,
     ends=False,
+    whole=False,
     **how,
 ) -> dict:
     """Load (as far as there is something to load), rollout, reference, update, optimizer step."""
@@ -175,10 +179,15 @@ def run(
         policy.cache_bits = cache_bits
         if ends:
             policy.round_head()
+        if whole:
+            policy.keep_reference()
+            policy.sync_reference()
         drawn = roll_out(policy, values)
         if layout is not None:
             policy.layout = lambda groups: layout(tuple(groups), backend, policy.device)
-        return {"drawn": drawn, **step(policy, groups, **how)}
+        for rollout in (rollout for group in groups for rollout in group.rollouts):
+            rollout.entropies = [1.0, *[0.0] * (len(rollout.completion_ids) - 1)]
+        return {"drawn": drawn, **step(policy, groups, whole, **how)}
 
 
 # What these tests are there to find: one tensor made without its device.
@@ -212,6 +221,7 @@ CASES = {
         )
         for name in ("llama", "qwen2", "qwen3")
     },
+    "exact divergence": partial(run, "llama", whole=True, ends=True),
     "sdpa": partial(run, "llama", backend="sdpa"),
     "tiled": partial(run, "llama", backend="tiled"),
     "index on the CPU": partial(run, "llama", layout=IndexOnTheCpu),

@@ -7,9 +7,10 @@ import torch
 __all__ = ["naive_average", "naive_row"]
 
 
-def naive_row(new, old, ref, advantage, o):
-    """(losses, clipped below, clipped above) of one rollout; `new` [C] has a graph. `o`: an
-    `Objective`, of which only the settings are read.
+def naive_row(new, old, ref, advantage, o, kept=None):
+    """(losses, clipped below, clipped above) of one rollout; `new` [C] has a graph. `ref`:
+    log-probs, but divergences where these are exact. `o`: an `Objective`, of which only the
+    settings are read. `kept`: whether each token has a surrogate.
     """
     count, losses, low, high = len(new), [], 0, 0
     of_rollout = torch.exp((new - old).sum() / count)
@@ -41,10 +42,11 @@ def naive_row(new, old, ref, advantage, o):
             surrogate = torch.min(bounded * advantage, clipped * advantage)
             low += rho.item() < 1 - o.epsilon and advantage < 0
             high += rho.item() > 1 + o.epsilon_high and advantage > 0
-        loss = 0.0 * new[t] if dropped else -surrogate
+        loss = 0.0 * new[t] if dropped or (kept and not kept[t]) else -surrogate
         if o.beta:
             r = ref[t] - new[t]
-            divergence = {"k1": -r, "k2": r * r / 2, "k3": torch.exp(r) - r - 1}[o.kl_estimator]
+            estimates = {"k1": -r, "k2": r * r / 2, "k3": torch.exp(r) - r - 1, "exact": ref[t]}
+            divergence = estimates[o.kl_estimator]
             loss = loss + o.beta * (divergence * rho if o.use_bias_correction_kl else divergence)
         losses.append(loss)
     return torch.stack(losses), low, high

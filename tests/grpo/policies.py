@@ -15,6 +15,7 @@ __all__ = [
     "gradients",
     "make_off_policy",
     "move_adapters",
+    "naive_divergence",
     "naive_logprobs",
     "naive_loss",
     "open_policy",
@@ -23,7 +24,15 @@ __all__ = [
 ]
 
 
-def open_policy(directory, *, dtype=torch.float32, r=4, tile_tokens=7, tile_vocab=19):
+def open_policy(
+    directory,
+    *,
+    dtype=torch.float32,
+    r=4,
+    tile_tokens=7,
+    tile_vocab=19,
+    target_modules="all-linear",
+):
     """The model of `directory` on the CPU, with adapters away from their start (where B is zero).
 
     The tiles are small and fit nothing evenly.
@@ -33,7 +42,7 @@ def open_policy(directory, *, dtype=torch.float32, r=4, tile_tokens=7, tile_voca
         device="cpu",
         dtype=dtype,
         attention="sdpa",
-        adapters=AdapterSettings(r=r, lora_alpha=2 * r),
+        adapters=AdapterSettings(r=r, lora_alpha=2 * r, target_modules=target_modules),
         seed=0,
         tile_tokens=tile_tokens,
         tile_vocab=tile_vocab,
@@ -83,32 +92,52 @@ def naive_logprobs(policy, prompt, completion, *, temperature=1.0, end_ids=(), m
     return logp.gather(1, torch.tensor(completion)[:, None])[:, 0], entropy
 
 
+def naive_divergence(policy, prompt, completion, *, temperature=1.0, end_ids=(), minimum=0):
+    """KL(policy || reference) [C] over the whole vocabulary, by torch's own function."""
+    both = []
+    for role in (policy.as_trainable, policy.as_reference):
+        with role():
+            logits = plain_forward(policy, prompt + completion)[len(prompt) - 1 : -1] / temperature
+        logits = logits.clone()
+        logits[:minimum, list(end_ids)] = -1e30  # not -inf, of which kl_div makes NaN
+        both.append(logits.log_softmax(-1))
+    ours, base = both
+    return torch.nn.functional.kl_div(base, ours, reduction="none", log_target=True).sum(-1)
+
+
 def make_off_policy(policy, groups, scoring, *, spread=0.3, seed=5):
-    """Old log-probs near the policy's own, so that ratios lie on both sides of both clips."""
+    """Old log-probs near the policy's own, so that ratios lie on both sides of both clips; and its
+    entropies.
+    """
     generator = torch.Generator().manual_seed(seed)
     (batch,) = pack(groups, [1.0] * 1000, max_tokens=10**9)
     with policy.as_sampler():
-        logprobs = scoring(policy, batch)[0].tolist()
-    for rollout in batch.members:
-        count = len(rollout.completion_ids)
-        noise = spread * torch.randn(count, generator=generator)
-        rollout.logprobs = (torch.tensor(logprobs[:count]) + noise).tolist()
-        del logprobs[:count]
+        scored = scoring(policy, batch)
+    logprobs, entropies = (x.split(batch.lengths) for x in (scored.logprobs_N, scored.entropies_N))
+    for rollout, logprobs_C, entropies_C in zip(batch.members, logprobs, entropies, strict=True):
+        noise_C = spread * torch.randn(len(logprobs_C), generator=generator)
+        rollout.logprobs = (logprobs_C + noise_C).tolist()
+        rollout.entropies = entropies_C.tolist()
 
 
-def naive_loss(policy, groups, objective, *, longest, **scoring_options):
-    """The step's loss with its graph, and the number of tokens clipped below and above."""
+def naive_loss(policy, groups, objective, *, longest, threshold=None, **scoring_options):
+    """The step's loss with its graph, and the number of tokens clipped below and above. Tokens of
+    less entropy than the `threshold` have no surrogate.
+    """
     rows, low, high = [], 0, 0
     for group in groups:
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
             row = (policy, group.prompt_ids, rollout.completion_ids)
             new, _ = naive_logprobs(*row, **scoring_options)
             ref = None
-            if objective.beta:
+            if objective.exact:
+                ref = naive_divergence(*row, **scoring_options)
+            elif objective.beta:
                 with policy.as_reference():
                     ref, _ = naive_logprobs(*row, **scoring_options)
             old = torch.tensor(rollout.logprobs)
-            losses, below, above = naive_row(new, old, ref, advantage, objective)
+            kept = None if threshold is None else [e >= threshold for e in rollout.entropies]
+            losses, below, above = naive_row(new, old, ref, advantage, objective, kept)
             rows.append(losses)
             low, high = low + below, high + above
     return naive_average(rows, objective.loss_type, longest), low, high

@@ -1,6 +1,7 @@
 """The objective against its formulas written out token by token, and the weights of averages."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lowmem_grpo.grpo.objective import (
     LOSS_TYPES,
     Objective,
     ObjectiveInputs,
+    entropy_threshold,
     k3,
     rollout_weights,
 )
@@ -151,6 +153,16 @@ def test_beta_without_reference_is_refused():
         Objective(beta=0.04, **CLIP)(random_inputs(reference=False))
 
 
+def test_an_exact_divergence_is_asked_for_and_reported():
+    exact = Objective(beta=0.04, kl_estimator="exact", **CLIP)
+    inputs = random_inputs()  # with log-probs of the reference, which are not what it takes
+    with pytest.raises(ValueError, match=r"beta is 0\.04 but there are no divergences"):
+        exact(inputs)
+    _, stats = exact(replace(inputs, divergences_N=torch.full((400,), 0.25, requires_grad=True)))
+    assert stats["kl"].item() == pytest.approx(100.0)
+    assert not stats["kl"].requires_grad
+
+
 def test_k3_is_never_negative_and_keeps_its_digits_near_zero():
     difference = torch.cat([torch.logspace(-7, 1.5, 2000), -torch.logspace(-7, 1.5, 2000)])
     found = k3(torch.zeros_like(difference), difference)
@@ -188,7 +200,7 @@ def random_rows(seed=2, dtype=torch.float64):
     return rows
 
 
-def inputs_of(rows, weights):
+def inputs_of(rows, weights, exact=False):
     return ObjectiveInputs(
         logprobs_N=torch.cat([new for new, _, _, _ in rows]),
         old_logprobs_N=torch.cat([old for _, old, _, _ in rows]),
@@ -197,6 +209,8 @@ def inputs_of(rows, weights):
             [torch.full_like(row[1], w) for row, w in zip(rows, weights, strict=True)]
         ),
         ref_logprobs_N=torch.cat([ref for _, _, ref, _ in rows]),
+        # Any numbers will do: an objective takes what it is given.
+        divergences_N=torch.cat([ref for _, _, ref, _ in rows]) if exact else None,
         lengths=LENGTHS,
     )
 
@@ -208,7 +222,7 @@ VARIANTS = [
         for level in LEVELS
     ),
     *({"kl_estimator": kind} for kind in KL_ESTIMATORS),
-    *({"kl_estimator": kind, "use_bias_correction_kl": True} for kind in KL_ESTIMATORS),
+    *({"kl_estimator": kind, "use_bias_correction_kl": True} for kind in ("k1", "k2", "k3")),
     {"importance_sampling_level": "sequence", "use_bias_correction_kl": True},
     {"delta": 1.4},
     {"delta": 1.4, "loss_type": "dapo", "importance_sampling_level": "sequence"},
@@ -230,7 +244,8 @@ def test_every_variant_against_its_paper_s_formula(variant, beta):
     told = [naive_row(*row, settings) for row in rows]
     expected = naive_average([losses for losses, _, _ in told], kind, longest)
     expected.backward()
-    loss, stats = settings(inputs_of(found_rows, rollout_weights(list(LENGTHS), kind, longest)))
+    weights = rollout_weights(list(LENGTHS), kind, longest)
+    loss, stats = settings(inputs_of(found_rows, weights, settings.exact))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
     for (new, _, _, _), (own, _, _, _) in zip(rows, found_rows, strict=True):
@@ -249,7 +264,10 @@ def test_no_variant_is_another_one(variant):
         variant.get("loss_type") in of_weights and variant["importance_sampling_level"] == "token"
     ):
         return  # the default, and what differs in its weights alone
-    losses = [Objective(**own)(inputs_of(random_rows(), weights))[0] for own in (settings, plain)]
+    losses = [
+        Objective(**own)(inputs_of(random_rows(), weights, "exact" in own.values()))[0]
+        for own in (settings, plain)
+    ]
     assert losses[0].item() != pytest.approx(losses[1].item(), rel=1e-6)
 
 
@@ -310,6 +328,16 @@ def test_masked_rollouts_count_as_rollouts_and_their_tokens_do_not(loss_type, ex
     weights = rollout_weights([3, 8, 7, 1], loss_type, 8, [False, True, False, False])
     assert weights[:3] == pytest.approx(expected)
     assert weights[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("quantile", "kept"), [(1.0, 6), (0.5, 3), (0.2, 2), (0.3, 2), (0.0, 1), (0.6, 4)]
+)
+def test_the_tokens_of_the_most_entropy(quantile, kept):
+    entropies = [0.5, 2.0, 0.25, 1.5, 1.0, 0.0]
+    threshold = entropy_threshold(entropies, quantile)
+    highest = sorted(entropies)[-kept:]
+    assert [e for e in sorted(entropies) if e >= threshold] == highest
 
 
 def test_another_loss_type_is_refused_by_name():

@@ -21,6 +21,7 @@ from lowmem_grpo.grpo.objective import (
     LEVELS,
     LOSS_TYPES,
     Objective,
+    entropy_threshold,
     rollout_weights,
 )
 from lowmem_grpo.grpo.packing import pack
@@ -120,12 +121,14 @@ def make_trainer(directory, policy, *, temperature, output):
     return trainer
 
 
-def set_up(trainer, objective):
+def set_up(trainer, objective, quantile):
     """One trainer for all cases of a temperature: it keeps the settings in two places."""
     trainer.epsilon_low = objective.epsilon
+    trainer.top_entropy_quantile = quantile
+    trainer._entropy_bonus_enabled = objective.entropy_coef > 0
     for name in (
         *("loss_type", "beta", "epsilon_high", "importance_sampling_level"),
-        "off_policy_mask_threshold",
+        *("off_policy_mask_threshold", "entropy_coef"),
     ):
         setattr(trainer, name, getattr(objective, name))
     for name in (
@@ -161,18 +164,28 @@ def trl_inputs(groups, beta):
     return inputs
 
 
-def compare(policy, trainer, objective):
-    """(clipped tokens, loss, relative error of the loss, of the gradient)."""
-    set_up(trainer, objective)
+def compare(policy, trainer, objective, quantile=1.0):
+    """(clipped tokens, loss, relative error of the loss, of the gradient). `quantile`: of the
+    tokens that have a surrogate.
+    """
+    set_up(trainer, objective, quantile)
     groups = make_groups(SHAPE, vocab=policy.head_weight_VD.shape[0])
     groups[0].rollouts[0].completion_ids[3:5] = [PAD, PAD]
     scoring = Scoring(trainer.temperature, (PAD,))
     make_off_policy(policy, groups, scoring)
     lengths, beta = [n for _, row in SHAPE for n in row], objective.beta
     weights = rollout_weights(lengths, objective.loss_type, LONGEST)
+    entropies = [e for group in groups for r in group.rollouts for e in r.entropies]
+    threshold = entropy_threshold(entropies, quantile) if quantile < 1 else None
     if beta:
         score_reference(policy, pack(groups, weights, max_tokens=40), scoring, lambda tokens: None)
-    batches = pack(groups, weights, max_tokens=40, skip_zero_advantage=beta == 0)
+    batches = pack(
+        groups,
+        weights,
+        max_tokens=40,
+        skip_zero_advantage=beta == 0,
+        entropy_threshold=threshold,
+    )
     assert len(batches) > 2
     stats = accumulate(policy, batches, scoring, objective, checkpointing=True)
 
@@ -197,6 +210,20 @@ def test_tiny_model(policy, trainer, table, settings, beta):
     table.append(("tiny", settings, beta, trainer.temperature, *found))
     if objective.loss_type in CLIPPED and objective.importance_sampling_level == "token":
         assert clipped > 5
+    assert loss_error < 1e-5
+    assert gradient_error < 1e-5
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss_type": "dapo", "beta": 0.0}, {"loss_type": "luspo", "entropy_coef": 0.1},
+     {"importance_sampling_level": "sequence"}],
+    ids=str,
+)  # fmt: skip
+def test_tokens_of_the_most_entropy(policy, trainer, settings, quantile):
+    objective = Objective(**{**CLIP, "beta": 0.04, **settings})
+    _, _, loss_error, gradient_error = compare(policy, trainer, objective, quantile)
     assert loss_error < 1e-5
     assert gradient_error < 1e-5
 

@@ -17,6 +17,7 @@ from lowmem_grpo.grpo.update import Scoring, UpdateStats, accumulate, score_refe
 from tests.grpo.policies import (
     gradients,
     make_off_policy,
+    naive_divergence,
     naive_logprobs,
     naive_loss,
     open_policy,
@@ -35,7 +36,7 @@ def no_advance(tokens):
     pass
 
 
-def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False):
+def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False, threshold=None):
     lengths = [len(r.completion_ids) for g in groups for r in g.rollouts]
     return pack(
         groups,
@@ -43,6 +44,7 @@ def batches_of(groups, *, loss_type="grpo", limit=10**6, minimum=0, skip=False):
         max_tokens=limit,
         min_completion_length=minimum,
         skip_zero_advantage=skip,
+        entropy_threshold=threshold,
     )
 
 
@@ -162,6 +164,105 @@ def test_an_entropy_bonus_is_the_mean_entropy_of_the_step(policy, groups, scorin
         stats, found = step_gradient(policy, batches_of(groups, limit=limit), scoring, **bonus)
         assert relative_error(found, expected_gradient) < 1e-5
         assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [{"beta": 0.0}, {"beta": 0.3, "loss_type": "dapo"}], ids=str)
+def test_tokens_of_little_entropy_have_no_surrogate(policy, groups, scoring, own):
+    entropies = sorted(e for g in groups for r in g.rollouts for e in r.entropies)
+    threshold = entropies[-10]  # of 47
+    settings = {**CLIP, **own}
+    loss_type = own.get("loss_type", "grpo")
+    expected, _, _ = naive_loss(
+        policy, groups, Objective(**settings), longest=LONGEST, threshold=threshold, temperature=0.8
+    )
+    bonus = [
+        naive_logprobs(policy, group.prompt_ids, rollout.completion_ids, temperature=0.8)[1][t]
+        for group in groups
+        for rollout in group.rollouts
+        for t, entropy in enumerate(rollout.entropies)
+        if entropy >= threshold
+    ]
+    assert len(bonus) == 10
+    expected = expected - 0.2 * torch.stack(bonus).mean()
+    expected.backward()
+    expected_gradient = gradients(policy)
+    for limit in LIMITS.values():
+        batches = batches_of(groups, loss_type=loss_type, limit=limit, threshold=threshold)
+        stats, found = step_gradient(policy, batches, scoring, **own, entropy_coef=0.2)
+        assert relative_error(found, expected_gradient) < 1e-5
+        assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+        assert stats.tokens_scored == 47
+    every = batches_of(groups, loss_type=loss_type)
+    _, found = step_gradient(policy, every, scoring, **own, entropy_coef=0.2)
+    assert relative_error(found, expected_gradient) > 0.02
+
+
+@pytest.mark.parametrize(("loss_type", "minimum"), [("grpo", 3), ("dapo", 0)])
+def test_the_exact_divergence_is_the_whole_sum_however_the_step_is_cut(
+    policy, groups, scoring, loss_type, minimum
+):
+    groups = copy.deepcopy(groups)
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.ref_logprobs = None  # which it does not ask for
+            drawn = rollout.completion_ids[:minimum]
+            rollout.completion_ids[:minimum] = [1 if t in scoring.end_ids else t for t in drawn]
+    own = {"loss_type": loss_type, "beta": 0.5, "kl_estimator": "exact"}
+    options = {"temperature": 0.8, "end_ids": scoring.end_ids, "minimum": minimum}
+    objective = Objective(**{**CLIP, **own})
+    expected, _, _ = naive_loss(policy, groups, objective, longest=LONGEST, **options)
+    expected.backward()
+    expected_gradient = gradients(policy)
+    with torch.no_grad():
+        divergences = [
+            naive_divergence(policy, group.prompt_ids, rollout.completion_ids, **options)
+            for group in groups
+            for rollout in group.rollouts
+        ]
+    mean = torch.cat(divergences).mean().item()
+    assert mean > 0.01
+    for limit, checkpointing in zip(LIMITS.values(), (False, True, False, True), strict=True):
+        batches = batches_of(groups, loss_type=loss_type, limit=limit, minimum=minimum)
+        stats, found = step_gradient(policy, batches, scoring, checkpointing=checkpointing, **own)
+        assert relative_error(found, expected_gradient) < 1e-5
+        assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
+        assert stats.mean("kl") == pytest.approx(mean, rel=1e-5)
+    _, estimated = step_gradient(policy, batches, scoring, **{**own, "beta": 0.0})
+    assert relative_error(estimated, expected_gradient) > 0.05  # the penalty is a part of it
+
+
+def test_estimates_are_the_exact_divergence_in_the_mean(policy, scoring):
+    """Every token of the vocabulary as the first of a completion, weighted by its probability."""
+    prompt, vocab = [5, 17, 40], policy.head_weight_VD.shape[0]
+    groups = make_groups([(3, [1] * vocab)], vocab=vocab)
+    groups[0].prompt_ids = prompt
+    for token, rollout in enumerate(groups[0].rollouts):
+        rollout.completion_ids = [token]
+    (batch,) = batches_of(groups)
+    with policy.as_reference():
+        base_V = scoring(policy, batch).logprobs_N
+        reference_ND = scoring.hidden(policy, batch)
+    with policy.as_sampler():
+        scored = scoring(policy, batch, reference_ND)
+    own_V, exact_V = scored.logprobs_N, scored.divergences_N
+    assert exact_V.max().item() == pytest.approx(exact_V.min().item(), rel=1e-4)
+    exact = exact_V[0].item()
+    assert exact > 0.01
+    p_V, r_V = own_V.double().exp(), (base_V - own_V).double()
+    assert p_V.sum().item() == pytest.approx(1.0, abs=1e-5)
+    k1, k3 = -r_V, r_V.expm1() - r_V
+    assert (p_V * k1).sum().item() == pytest.approx(exact, rel=1e-4)
+    assert (p_V * k3).sum().item() == pytest.approx(exact, rel=1e-4)
+    # k2 is biased, of the third order of what they are apart.
+    k2 = (p_V * r_V.square() / 2).sum().item()
+    assert k2 == pytest.approx(exact, rel=0.5)
+    assert k2 != pytest.approx(exact, rel=1e-3)
+    # And of samples, as training draws them.
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(p_V, 200_000, replacement=True, generator=generator)
+    for estimate in (k1, k3):
+        error = estimate[drawn].std().item() / 200_000**0.5
+        assert abs(estimate[drawn].mean().item() - exact) < 4 * error
 
 
 def test_nothing_to_train_on(policy, scoring):

@@ -43,11 +43,17 @@ def told(part):
 
 def parts(
     config, built, card, attention, *, short, offloading=False, checkpointing=True,
-    overlapping=False, mlp_tile=0, cache_bits=16, ends=(False, 16),
+    overlapping=False, mlp_tile=0, cache_bits=16, ends=(False, 16), objective=(False, "k3"),
 ):  # fmt: skip
     """The events of each part of a step."""
     config = config.settled(
-        {"memory.embedding_on_host": ends[0], "model.lm_head_bits": ends[1]}, "test"
+        {
+            "memory.embedding_on_host": ends[0],
+            "model.lm_head_bits": ends[1],
+            "grpo.sync_ref_model": objective[0],
+            "grpo.kl_estimator": objective[1],
+        },
+        "test",
     )
     phases = Phases(config, built, card, dtype=torch.bfloat16, attention=attention)
     assert phases._short
@@ -56,7 +62,7 @@ def parts(
     wave = Wave((5, 3), 2, 2, 4)
     found.append(phases._part(phases._roll_out, "rollout", wave, mlp_tile, cache_bits, None))
     how, tiles = (checkpointing, offloading, overlapping), (mlp_tile, 8, 999)
-    found.append(phases._part(phases._score, BATCHES, 0.04, how, tiles, False))
+    found.append(phases._part(phases._score, BATCHES, how, tiles, False))
     found.append(phases._part(phases._step))
     assert phases._short == short
     return found
@@ -81,7 +87,7 @@ def parts(
         ),
         ("llama", CARD, "torch_varlen", {"checkpointing": False, "mlp_tile": 10}),
         ("llama", CARD, "sdpa", {"checkpointing": False}),
-        ("qwen2", CARD, "torch_varlen", {}),
+        ("qwen2", CARD, "torch_varlen", {"objective": (True, "exact")}),
         ("qwen3", CARD, "torch_varlen", {"checkpointing": False}),
         ("llama", HOST, "sdpa", {}),
         ("llama", HOST, "tiled", {}),

@@ -28,6 +28,10 @@ KEPT = 2048
         ["--set", "memory.gradient_checkpointing=true", "--set", "memory.micro_batch_tokens=40"],
         ["--set", "model.compute_dtype=bfloat16", "--set", "grpo.beta=0"],
         ["--set", "eval.every=1", "--set", "eval.num_problems=3"],
+        [
+            *("--set", "grpo.kl_estimator=exact", "--set", "memory.logits_tile_vocab=50"),
+            *("--set", "grpo.top_entropy_quantile=0.2", "--set", "grpo.sync_ref_model=true"),
+        ],
     ],
 )
 def test_the_phases_for_real_take_what_was_planned(tiny_model_dir, settings):
@@ -40,8 +44,9 @@ def test_the_phases_for_real_take_what_was_planned(tiny_model_dir, settings):
     rows = {row["phase"]: row for row in found["comparison"]}
     expected = {"load", "rollout", "reference", "update", "optimizer", "evaluation"}
     expected -= set() if "eval.every=1" in settings else {"evaluation"}
-    expected -= {"reference"} if "grpo.beta=0" in settings else set()
-    assert set(rows) == expected
+    unasked = {"grpo.beta=0", "grpo.kl_estimator=exact"} & set(settings)
+    expected -= {"reference"} if unasked else set()
+    assert set(rows) == {row["name"] for row in found["measured"]["phases"]} == expected
     for name, row in rows.items():
         predicted, measured = row["predicted_allocated_bytes"], row["measured_allocated_bytes"]
         assert abs(predicted - measured) <= (KEPT if name != "optimizer" else 2 * KEPT), name

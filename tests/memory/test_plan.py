@@ -227,6 +227,16 @@ def test_without_a_penalty_there_is_no_reference(model):
     assert "reference" not in [p.name for p in planned(model, grpo__beta=0.0).phases]
 
 
+def test_a_reference_that_moves_is_half_an_adapter_more_in_every_phase(plan, model):
+    moves = planned(model, grpo__sync_ref_model=True)
+    adapters = phase(plan, "load").components["adapters"]
+    for before, after in zip(plan.phases[1:], moves.phases[1:], strict=True):  # loading is over
+        more = after.peak_allocated_bytes - before.peak_allocated_bytes
+        assert more == pytest.approx(adapters / 2, rel=0.05), after.name  # in 16 bits, not in 32
+        assert after.components["adapters"] >= before.components["adapters"] + 0.9 * more
+    assert moves.host_bytes - plan.host_bytes == pytest.approx(adapters / 2, rel=0.05)
+
+
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
 def test_moments_in_eight_bits(plan, model, optim):
     less = phase(planned(model, optimizer__optim=optim), "optimizer").components["optimizer"]

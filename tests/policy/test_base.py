@@ -11,7 +11,7 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy import shared_input
 from lowmem_grpo.policy.load import nf4_config
 from lowmem_grpo.policy.lora import LoraLinear4bit
-from tests.grpo.policies import open_policy
+from tests.grpo.policies import move_adapters, open_policy
 
 IDS = torch.tensor([4, 80, 33, 12, 60, 61, 90, 62])
 POSITIONS = torch.tensor([0, 1, 2, 3, 4, 5, 4, 5])
@@ -227,3 +227,52 @@ def test_unknown_target_modules_are_named(tiny_model_dir):
     settings = AdapterSettings(r=2, lora_alpha=4, target_modules=("q_projection",))
     with pytest.raises(ModelError, match=r"lora.target_modules = \('q_projection',\)"):
         attach_adapters(model, settings, seed=0)
+
+
+def test_a_kept_reference_is_the_policy_of_when_it_was_kept(policy, tiny_model_dir):
+    with policy.as_reference():
+        base = forward(policy)[0].clone()
+    names = policy.adapter_state().keys(), policy.adapter_parameters().keys()
+    assert policy.reference_state() == {}
+
+    def logprobs(role):
+        with role():
+            return forward(policy)[0].detach().clone()
+
+    policy.keep_reference()
+    first = logprobs(policy.as_trainable)
+    assert torch.equal(logprobs(policy.as_reference), first)
+    assert (first - base).abs().max() > 1e-2
+    move_adapters(policy, 0.2, seed=7)
+    second = logprobs(policy.as_trainable)
+    assert torch.equal(logprobs(policy.as_reference), first)
+    assert (second - first).abs().max() > 1e-2
+    kept = policy.reference_state()
+    policy.sync_reference()
+    assert torch.equal(logprobs(policy.as_reference), second)
+    policy.load_reference_state(kept)
+    assert torch.equal(logprobs(policy.as_reference), first)
+    assert torch.equal(logprobs(policy.as_trainable), second)
+    # It is nothing that is trained or saved as the adapter.
+    assert (policy.adapter_state().keys(), policy.adapter_parameters().keys()) == names
+    with pytest.raises(ModelError, match="does not fit"):
+        policy.load_reference_state({})
+
+
+def test_adapters_that_are_fresh_are_the_base(tiny_model_dir):
+    policy = open_policy(tiny_model_dir, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in policy.adapter_parameters().items():
+            if "lora_B" in name:
+                parameter.zero_()
+    with policy.as_reference():
+        base = forward(policy)[0].clone()
+    policy.keep_reference()
+    with policy.as_reference():
+        assert torch.equal(forward(policy)[0], base)
+
+
+def test_adapters_on_the_head_are_refused(tiny_model_dir):
+    # It is read by tiles of its weight, in every role: they would be trained on nothing.
+    with pytest.raises(ModelError, match=r"adapters on the output head are not supported"):
+        open_policy(tiny_model_dir, target_modules=("q_proj", "lm_head"))

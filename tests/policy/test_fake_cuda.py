@@ -28,7 +28,7 @@ def cases(tmp_path_factory):
         "llama", "qwen2", "qwen3", "nothing recomputed", "inputs on the host",
         "inputs on the host, overlapping", "MLPs in tiles", "MLPs in tiles, nothing recomputed",
         "cache of 8 bits", "both ends", "llama, everything", "qwen2, everything",
-        "qwen3, everything", "sdpa", "tiled",
+        "qwen3, everything", "exact divergence", "sdpa", "tiled",
     ],
 )  # fmt: skip
 def test_a_step_runs_on_cuda_and_keeps_float32_adapters(cases, case):

@@ -46,7 +46,7 @@ def test_groups_hold_their_problem_prompt_and_rollouts(policy):
         for rollout in group.rollouts:
             assert len(rollout.completion_ids) == len(rollout.logprobs) <= 12
             assert all(logprob < 0 for logprob in rollout.logprobs)
-            assert rollout.ref_logprobs is None
+            assert rollout.ref_logprobs is rollout.entropies is None
 
 
 def test_text_is_without_special_tokens(policy):

@@ -56,7 +56,7 @@ def naive(policy, request, row, sampling, ends):
         if t < sampling.min_completion_length:
             logits[:, list(ends)] = -torch.inf
         u = torch.from_numpy(request.uniforms[row][t : t + 1])
-        token, logprob = choose(logits, u, sampling)
+        token, logprob, _ = choose(logits, u, sampling)
         ids.append(token.item())
         logprobs.append(logprob.item())
         if ids[-1] in ends:
@@ -134,7 +134,10 @@ def test_completions_do_not_depend_on_the_batch(policy, batch_size):
 def test_recorded_log_probs_are_the_trainers(policy, temperature, minimum):
     requests = make_requests(policy, [(6, 5), (3, 4), (10, 3)])
     sampling = Sampling(
-        temperature=temperature, min_completion_length=minimum, max_completion_length=LENGTH
+        temperature=temperature,
+        min_completion_length=minimum,
+        max_completion_length=LENGTH,
+        entropies=True,
     )
     ends = end_ids(policy)
     problem = Problem("p", ({"role": "user", "content": "?"},), "")
@@ -142,7 +145,7 @@ def test_recorded_log_probs_are_the_trainers(policy, temperature, minimum):
         Group(
             problem,
             request.prompt_ids,
-            [Rollout(c.ids, c.logprobs, "length", "") for c in completions],
+            [Rollout(c.ids, c.logprobs, "length", "", None, c.entropies) for c in completions],
             advantages=[1.0] * len(completions),
         )
         for request, completions in zip(requests, run(policy, requests, sampling), strict=True)
@@ -151,11 +154,13 @@ def test_recorded_log_probs_are_the_trainers(policy, temperature, minimum):
     assert len(batches) > 1
     for batch in batches:
         with policy.as_trainable():
-            logprobs, _ = Scoring(temperature, ends)(policy, batch)
+            logprobs, entropies, _ = Scoring(temperature, ends)(policy, batch)
         torch.testing.assert_close(logprobs.detach(), batch.old_logprobs_N, rtol=0, atol=1e-5)
+        recorded = [entropy for rollout in batch.members for entropy in rollout.entropies]
+        torch.testing.assert_close(entropies, torch.tensor(recorded), rtol=0, atol=1e-5)
         if minimum:
             with policy.as_trainable():
-                free, _ = Scoring(temperature, ())(policy, batch)
+                free = Scoring(temperature, ())(policy, batch).logprobs_N
             # Were the rule forgotten, the first tokens would score lower.
             assert (batch.old_logprobs_N - free)[batch.no_end_N].min() > 0
 

@@ -44,7 +44,7 @@ def test_sampler_and_trainer_of_the_demo_model_agree(demo_model, dtype, bits, li
         group.advantages = [1.0] * 8
     (batch,) = pack(groups, [1.0] * 16, max_tokens=10**6)
     with policy.as_trainable():
-        logprobs_N, _ = Scoring(1.0, end_token_ids(policy))(policy, batch)
+        logprobs_N = Scoring(1.0, end_token_ids(policy))(policy, batch).logprobs_N
     found = k3(batch.old_logprobs_N, logprobs_N.detach()).mean().item()
     print(f"{dtype}, cache of {bits} bits, adapters moved by {moved}: mean k3 {found:.2g}")
     assert found < limit

@@ -79,7 +79,7 @@ def test_draws_follow_the_distribution(sampling):
     count, vocab = 40_000, 12
     logits = random_logits(1, vocab, seed=3, scale=1.5)
     draws = torch.from_numpy(uniforms(1, 2, 3, 4, count))
-    tokens, logprobs = choose(logits.expand(count, -1).clone(), draws, sampling)
+    tokens, logprobs, _ = choose(logits.expand(count, -1).clone(), draws, sampling)
     p = distribution(logits, sampling)[0].double().exp()
     counts = torch.bincount(tokens, minlength=vocab)
     possible = p > 0
@@ -94,7 +94,7 @@ def test_draws_follow_the_distribution(sampling):
 
 def test_each_row_has_its_own_uniform_and_distribution():
     logits = torch.tensor([[0.0, -100.0, -100.0], [-100.0, 0.0, 0.0], [-100.0, 0.0, 0.0]])
-    tokens, logprobs = choose(logits, torch.tensor([0.9, 0.4, 0.6]).double(), Sampling())
+    tokens, logprobs, _ = choose(logits, torch.tensor([0.9, 0.4, 0.6]).double(), Sampling())
     assert tokens.tolist() == [0, 1, 2]
     assert logprobs.tolist() == pytest.approx([0.0, math.log(0.5), math.log(0.5)])
 
@@ -112,7 +112,7 @@ def test_tokens_of_probability_zero_are_never_drawn(u):
         logits = random_logits(4, vocab, seed)
         for forbidden in (0, 1, vocab // 2, vocab - 2, vocab - 1):
             logits[:, forbidden] = -torch.inf
-        tokens, logprobs = choose(logits, torch.full((4,), u, dtype=torch.float64), Sampling())
+        tokens, logprobs, _ = choose(logits, torch.full((4,), u, dtype=torch.float64), Sampling())
         assert logits.gather(1, tokens[:, None]).isfinite().all()
         assert logprobs.isfinite().all()
 
@@ -128,7 +128,7 @@ def test_large_vocabularies_are_inverted_as_small_ones_are(vocab):
     logits[200:, vocab // 2] = 0.0
     u = torch.rand(400, generator=generator, dtype=torch.float64)
     u[::4], u[1::4] = 0.0, 1.0 - 2.0**-53
-    tokens, logp = choose(logits.clone(), u, Sampling())
+    tokens, logp, _ = choose(logits.clone(), u, Sampling())
     assert logp.isfinite().all()
     p = logits.double().softmax(1).numpy()
     for row, token in enumerate(tokens.tolist()):
@@ -142,7 +142,7 @@ def test_one_token_left_has_log_prob_zero():
     logits = torch.full((2, 7), -torch.inf)
     logits[:, 3] = 1.5
     u = torch.tensor([0.0, BELOW_ONE], dtype=torch.float64)
-    tokens, logprobs = choose(logits, u, Sampling(temperature=0.8))
+    tokens, logprobs, _ = choose(logits, u, Sampling(temperature=0.8))
     assert tokens.tolist() == [3, 3]
     assert logprobs.tolist() == [0.0, 0.0]
 
@@ -155,7 +155,7 @@ def test_unlikely_tokens_of_a_large_vocabulary_are_drawn():
     total = 1 + 1e-8 * (vocab - 1)
     wanted = torch.arange(vocab // 2, vocab // 2 + neighbours)
     u = (1 + 1e-8 * (wanted.double() - 0.5)) / total
-    tokens, _ = choose(logits, u, Sampling())
+    tokens, *_ = choose(logits, u, Sampling())
     assert (tokens - wanted).abs().max() <= 2
     assert len(tokens.unique()) == neighbours
 
@@ -163,7 +163,7 @@ def test_unlikely_tokens_of_a_large_vocabulary_are_drawn():
 def test_greedy_takes_the_likeliest_and_reports_the_plain_distribution():
     logits = random_logits(6, 40)
     sampling = Sampling(temperature=0.0, top_k=3, top_p=0.5)
-    tokens, logprobs = choose(logits, torch.zeros(6, dtype=torch.float64), sampling)
+    tokens, logprobs, _ = choose(logits, torch.zeros(6, dtype=torch.float64), sampling)
     assert torch.equal(tokens, logits.argmax(1))
     torch.testing.assert_close(logprobs, logits.log_softmax(1).amax(1))
 
@@ -171,8 +171,27 @@ def test_greedy_takes_the_likeliest_and_reports_the_plain_distribution():
 def test_choose_leaves_the_logits_as_they_were():
     logits = random_logits(3, 11)
     before = logits.clone()
-    choose(logits, torch.full((3,), 0.3).double(), Sampling(top_k=2, top_p=0.9, min_p=0.1))
-    assert torch.equal(logits, before)
+    truncated = {"top_k": 2, "top_p": 0.9, "min_p": 0.1}
+    for sampling in (Sampling(**truncated, entropies=True), Sampling(entropies=True)):
+        choose(logits, torch.full((3,), 0.3).double(), sampling)
+        assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.5}, {"top_k": 1}, {"top_p": 0.7}, {"temperature": 0.0}], ids=str
+)
+def test_entropies_are_those_of_what_is_drawn_from(how):
+    logits = random_logits(5, 37)
+    logits[3, 4:] = -torch.inf  # tokens that may not come
+    draws = torch.linspace(0.1, 0.9, 5).double()
+    plain, wanted = (choose(logits, draws, Sampling(**how, entropies=e)) for e in (False, True))
+    assert plain.entropies_R is None
+    assert torch.equal(plain.tokens_R, wanted.tokens_R)
+    assert torch.equal(plain.logprobs_R, wanted.logprobs_R)
+    whole = Sampling() if how == {"temperature": 0.0} else Sampling(**how)
+    p = distribution(logits, whole).double().exp()
+    expected = torch.special.entr(p).sum(1).float()
+    torch.testing.assert_close(wanted.entropies_R, expected, rtol=1e-5, atol=1e-6)
 
 
 @given(st.tuples(*[st.integers(0, 2**40)] * 4), st.integers(1, 40), st.integers(1, 40))

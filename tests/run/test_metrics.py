@@ -51,6 +51,16 @@ def test_means():
     assert found["skipped_rollouts"] == 2
 
 
+def test_rewards_that_say_nothing_are_counted_whatever_a_kl_adds():
+    rollouts = [Rollout([1], [-1.0], "stop", "") for _ in range(2)]
+    flat = {"number": [1.0, 1.0]}, {"number": [0.0, 1.0]}
+    groups = [
+        Group(Problem("a", (), "1"), [1], rollouts, list(by_name["number"]), [0.2, -0.2], by_name)
+        for by_name in flat
+    ]
+    assert record(groups=groups)["frac_reward_zero_std"] == 0.5
+
+
 def test_a_later_iteration_generates_nothing_and_has_no_sampler_kl():
     found = record(iteration=1)
     assert found["tokens_generated"] == 0

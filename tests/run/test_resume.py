@@ -59,7 +59,11 @@ def undisturbed(tiny_model_dir, tmp_path, *arguments):
         [],
         ["--set", "grpo.num_iterations=2"],  # three steps end between the two iterations on a batch
         ["--set", "grpo.beta=0", "--set", "grpo.num_iterations=2"],
-        ["--set", "optimizer.optim=adamw_8bit"],
+        [
+            *("--set", "optimizer.optim=adamw_8bit", "--set", "grpo.kl_estimator=exact"),
+            # The reference is the policy after the second step, in the third and the fourth.
+            *("--set", "grpo.sync_ref_model=true", "--set", "grpo.ref_model_sync_steps=2"),
+        ],
     ],
 )
 def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
@@ -92,12 +96,27 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path)
     assert_same_run(whole, part, 6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(tiny_model_dir, tmp_path, number):
-    whole = undisturbed(tiny_model_dir, tmp_path, *reward_file(tmp_path)[0])
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [
+        (signal.SIGINT, []),
+        # Advantages are known after the reference then, and it has not been asked when this stops.
+        (
+            signal.SIGTERM,
+            [
+                *("--set", "grpo.use_kl_in_reward=true", "--set", "grpo.beta=0.5"),
+                *("--set", "grpo.top_entropy_quantile=0.4"),
+            ],
+        ),
+    ],
+)
+def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(
+    tiny_model_dir, tmp_path, number, settings
+):
+    whole = undisturbed(tiny_model_dir, tmp_path, *reward_file(tmp_path)[0], *settings)
     reward, here = reward_file(tmp_path, WAIT)
     part = tmp_path / "part"
-    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, *reward]
+    arguments = ["--model", tiny_model_dir, "--output", part, *TINY, *reward, *settings]
     signaller = threading.Thread(
         target=when_reached, args=(here, lambda: os.kill(os.getpid(), number))
     )
@@ -108,6 +127,7 @@ def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(tiny_model_dir, tmp_p
     state = json.loads((part / "checkpoints/step-000002/state.json").read_text())
     assert state["step"] == 2
     assert state["groups"][0]["rewards"]  # sampled and scored: neither is done again
+    assert state["groups"][0]["rollouts"][0]["ref_logprobs"] is None
     result = call("train", *arguments, "--steps", "6", "--resume")
     assert result.exit_code == 0, result.stderr
     assert (here / "calls").read_text() == "6"

@@ -1,0 +1,46 @@
+"""Settings that were given and do nothing beside the others: worth a line before a long run.
+
+Only what was set to something else than it is by default counts: a saved config.toml gives every
+setting, and says nothing by that.
+"""
+
+from collections.abc import Iterator
+
+from lowmem_grpo.config import Config
+from lowmem_grpo.grpo.objective import CLIPPED
+from lowmem_grpo.sections import GrpoConfig
+
+__all__ = ["idle_settings"]
+
+
+def idle_settings(config: Config) -> list[str]:
+    """A sentence for each setting of the objective without effect: its value, who set it, why."""
+    found = []
+    for keys, reason in _reasons(config.grpo):
+        for key in keys:
+            value, origin = getattr(config.grpo, key), config.sources.get(f"grpo.{key}")
+            if origin is not None and value != GrpoConfig.model_fields[key].default:
+                text = str(value).lower() if isinstance(value, bool) else value
+                found.append(f"grpo.{key} = {text} (from {origin}) has no effect: {reason}")
+    return found
+
+
+def _reasons(grpo: GrpoConfig) -> Iterator[tuple[list[str], str]]:
+    """Settings that these values leave without effect, with the reason."""
+    kind = f"grpo.loss_type = {grpo.loss_type}"
+    if grpo.loss_type not in CLIPPED:
+        # cispo's bound is epsilon_high, and it has none below.
+        bounds = ["epsilon"] if grpo.loss_type == "cispo" else ["epsilon", "epsilon_high"]
+        yield bounds, f"{kind} does not clip by it"
+    for other in ("sapo", "vespo"):
+        if grpo.loss_type != other:
+            keys = [key for key in GrpoConfig.model_fields if key.startswith(f"{other}_")]
+            yield keys, f"it is {other}'s, and {kind}"
+    estimate = ["kl_estimator", "use_bias_correction_kl"]
+    if grpo.beta == 0:
+        others = ["use_kl_in_reward", "sync_ref_model"]
+        yield [*estimate, *others], "grpo.beta = 0, so there is no KL"
+    elif grpo.use_kl_in_reward:
+        yield estimate, "grpo.use_kl_in_reward = true takes k1, and nothing in the loss"
+    if not grpo.sync_ref_model:
+        yield ["ref_model_sync_steps"], "grpo.sync_ref_model = false, so the reference stays"
