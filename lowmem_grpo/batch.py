@@ -19,6 +19,7 @@ from lowmem_grpo.curriculum import chosen
 from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
 from lowmem_grpo.grpo.objective import entropy_threshold, rollout_weights
 from lowmem_grpo.grpo.packing import PackedBatch, pack
+from lowmem_grpo.pool import Pool
 from lowmem_grpo.rewards import Reward, score
 from lowmem_grpo.rollout.groups import sample_groups
 from lowmem_grpo.rollout.types import Group
@@ -52,10 +53,15 @@ def most_tokens(config: Config) -> int:
 
 
 def roll_out(
-    state: State, policy, task: Task, config: Config, advance: Callable[[int], None]
+    state: State,
+    policy,
+    task: Task,
+    config: Config,
+    pool: Pool | None,
+    advance: Callable[[int], None],
 ) -> list[Group]:
-    """Sample the groups that the batch in hand lacks, and put them there; returns them. A new batch
-    is begun where there is none.
+    """Sample the groups that the batch in hand lacks, or take them from the `pool`, and put them
+    there; returns what was sampled. A new batch is begun where there is none.
     """
     r = config.rollout
     if state.groups is None:
@@ -66,33 +72,42 @@ def roll_out(
     kept = [group for group in before.groups if has_signal(group, config)]
     away = [group for group in before.groups if not has_signal(group, config)]
     count = r.problems_per_step - len(kept)
-    seen = count * r.curriculum
-    problems = [task.train_problem(before.problems + i) for i in range(seen)]
-    new = sample_groups(
-        policy,
-        chosen(problems, count, before.rates, r.curriculum_field),
-        num_generations=r.num_generations,
-        sampling=sampling_of(config, "rollout"),
-        seed=config.run.seed,
-        step=before.batch - 1,
-        first_place=before.groups_away + len(before.groups),
-        max_prompt_length=r.max_prompt_length,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-        batch_size=config.memory.rollout_batch_size,
-        advance=advance,
-    )
+    ahead = range(before.problems, before.problems + count * r.curriculum)
+    if pool is not None:
+        candidates = [pool.group(index) for index in ahead]
+        problems = [group.problem for group in candidates]
+    else:
+        problems = [task.train_problem(index) for index in ahead]
+    places = chosen(problems, count, before.rates, r.curriculum_field)
+    if pool is not None:
+        new = [candidates[place] for place in places]
+    else:
+        new = sample_groups(
+            policy,
+            [problems[place] for place in places],
+            num_generations=r.num_generations,
+            sampling=sampling_of(config, "rollout"),
+            seed=config.run.seed,
+            step=before.batch - 1,
+            first_place=before.groups_away + len(before.groups),
+            max_prompt_length=r.max_prompt_length,
+            chat_template_kwargs=config.model.chat_template_kwargs,
+            batch_size=config.memory.rollout_batch_size,
+            adapters=config.grpo.old_policy == "sampler",
+            advance=advance,
+        )
     # All at the end: a run that fails in between is saved with the batch that it had.
     after = replace(
         before,
         groups=kept + new,
-        problems=before.problems + seen,
+        problems=ahead.stop,
         rounds=before.rounds + 1,
         groups_away=before.groups_away + len(away),
         tokens_away=before.tokens_away
         + sum(len(x.completion_ids) for group in away for x in group.rollouts),
     )
     vars(state).update(vars(after))
-    return new
+    return [] if pool is not None else new
 
 
 def has_signal(group: Group, config: Config) -> bool:
@@ -179,6 +194,7 @@ def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
         groups,
         weights,
         entropy_threshold=threshold,
+        old_is_reference=config.grpo.old_policy == "base",
         max_tokens=config.memory.micro_batch_tokens,
         min_completion_length=config.rollout.min_completion_length,
         # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its

@@ -26,6 +26,7 @@ from lowmem_grpo.cli_options import (
     read_target,
     setting,
 )
+from lowmem_grpo.cli_rollouts import rollouts
 
 __all__ = ["main"]
 
@@ -65,7 +66,7 @@ def main(debug: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for command in (doctor, memory, model, plan, profiles):
+for command in (doctor, memory, model, plan, profiles, rollouts):
     main.add_command(command)
 
 

@@ -74,6 +74,7 @@ TRAIN = (
         "--save-every", "run.save_every", int, help="Steps between checkpoints; 0: at the end only."
     ),
     setting("--eval-every", "eval.every", int, help="Steps between evaluations; 0: never."),
+    setting("--pool", "rollout.pool", help="Train on the groups in this directory."),
     setting(
         "--metric-for-best",
         "eval.metric_for_best",

@@ -15,9 +15,9 @@ from pydantic import Field, ValidationError, model_validator
 from tomlkit.exceptions import TOMLKitError
 
 from lowmem_grpo.errors import ConfigError, nearest
+from lowmem_grpo.section_grpo import GrpoConfig
 from lowmem_grpo.sections import (
     EvalConfig,
-    GrpoConfig,
     LoraSection,
     MemoryConfig,
     ModelConfig,
@@ -64,6 +64,10 @@ class Config(Section):
             raise ValueError(
                 "grpo.kl_estimator = exact has no kernels for model.lm_head_kernels = triton: use "
                 "model.lm_head_kernels = torch, or another grpo.kl_estimator"
+            )
+        if r.pool is not None and self.grpo.old_policy != "base":
+            raise ValueError(
+                f"rollout.pool = {r.pool} was sampled by the base: use grpo.old_policy = base"
             )
         weights = self.rewards.weights
         if (

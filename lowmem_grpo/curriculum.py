@@ -57,14 +57,14 @@ class Rates:
 
 def chosen(
     problems: Sequence[Problem], count: int, rates: Rates, level_field: str | None
-) -> list[Problem]:
-    """`count` of the `problems`, in their order."""
+) -> list[int]:
+    """The places of `count` of the `problems`, in their order."""
     variances = []
     for problem in problems:
         rate = rates.of(problem, level_field)
         variances.append(rate * (1.0 - rate))
     best = sorted(range(len(problems)), key=lambda place: (-variances[place], place))[:count]
-    return [problems[place] for place in sorted(best)]
+    return sorted(best)
 
 
 def _keys(problem: Problem, level_field: str | None) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.objective import CLIPPED
-from lowmem_grpo.sections import GrpoConfig
+from lowmem_grpo.section_grpo import GrpoConfig
 
 __all__ = ["idle_settings"]
 

@@ -31,6 +31,7 @@ __all__ = [
     "open_policy",
     "open_rewards",
     "open_task",
+    "rollout_role",
     "sampling_of",
     "update_settings",
 ]
@@ -130,6 +131,11 @@ def open_task(config: Config) -> Task:
         shuffle=task.shuffle,
     )
     return load_task(task.name, seed=task.seed, options=options)
+
+
+def rollout_role(policy: Policy, config: Config):
+    """The role of the policy in which groups are sampled, a context manager."""
+    return policy.as_sampler() if config.grpo.old_policy == "sampler" else policy.as_reference()
 
 
 def sampling_of(config: Config, phase: str) -> Sampling:

@@ -8,7 +8,7 @@ A step is one optimizer step; a batch of groups serves `grpo.num_iterations` of 
 hand between two phases (`State`) is all that a run is: it is saved when a run stops, whatever the
 reason, and a resumed run goes on with the same tokens.
 
-Left out: several devices, multi-turn episodes, an old policy other than the sampler.
+Left out: several devices, multi-turn episodes.
 """
 
 import json
@@ -35,6 +35,7 @@ from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.shapes import met
 from lowmem_grpo.memory.watch import Watch
 from lowmem_grpo.policy.source import resolve
+from lowmem_grpo.pool import check_pool, open_pool
 from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.run.alarms import Alarms
 from lowmem_grpo.run.best import Best
@@ -80,7 +81,9 @@ def train(
         console.warn(text)
     task = open_task(config)
     rewards = open_rewards(config, task)
-    check_prompts(task, config)
+    pool = open_pool(config)
+    if pool is None:
+        check_prompts(task, config)
     check_directory(config.run.output, resume=resume, overwrite=overwrite)
     # Before the directory is touched: a run that does not fit must not replace one that did.
     config, plan, planner = admit(config, machine_card(detect(config.model.device)), console.say)
@@ -101,9 +104,10 @@ def train(
         o = config.optimizer
         optimizer = open_optimizer(config, parameters)
         scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
-        state = State()
+        state = State(pool=len(pool) if pool is not None else None)
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, policy, optimizer)
+            check_pool(pool, state.pool)
             console.say(f"resumed from {checkpoint} (step {state.step})")
         if scaler is not None and state.scaler:
             scaler.load_state_dict(state.scaler)
@@ -156,7 +160,8 @@ def train(
                                 meter.phase("rollout"),
                                 console.progress("rollout", most_tokens(config)) as advance,
                             ):
-                                sampled.append(roll_out(state, policy, task, config, advance))
+                                new = roll_out(state, policy, task, config, pool, advance)
+                                sampled += [new] if new else []
                             policy.release()
                         else:
                             with meter.phase("reward"):
@@ -223,6 +228,7 @@ def train(
                         adapter_change=change,
                         learning_rate=learning_rate,
                         meter=meter,
+                        base_samples=config.grpo.old_policy == "base",
                     )
                     if state.iteration == 0:
                         metrics.write_rollouts(state.step + 1, state.groups)

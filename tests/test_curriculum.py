@@ -21,17 +21,16 @@ def test_problems_near_a_half_come_first_and_new_ones_count_as_that():
         [group("easy", [1, 1, 1]), group("half", [0, 1, 0]), group("hard", [0, 0, 0])], None
     )
     problems = [problem(name) for name in ("easy", "hard", "half", "new", "newer")]
-    names = [p.id for p in chosen(problems, 3, rates, None)]
-    assert names == ["half", "new", "newer"]
-    assert [p.id for p in chosen(problems, 1, rates, None)] == ["new"]
-    assert [p.id for p in chosen(problems, 5, rates, None)] == [p.id for p in problems]
+    assert chosen(problems, 3, rates, None) == [2, 3, 4]
+    assert chosen(problems, 1, rates, None) == [3]
+    assert chosen(problems, 5, rates, None) == [0, 1, 2, 3, 4]
 
 
 def test_a_new_problem_is_rated_as_its_level():
     rates = Rates()
     rates.learn([group("a", [1, 1], "low"), group("b", [0, 1], "middle")], "level")
     problems = [problem("c", "low"), problem("d", "middle"), problem("a", "middle")]
-    assert [p.id for p in chosen(problems, 1, rates, "level")] == ["d"]
+    assert chosen(problems, 1, rates, "level") == [1]
     # Its own rate counts more than its level's.
     assert rates.of(problems[2], "level") == rates.of(problems[0], "level")
 

@@ -85,16 +85,21 @@ def pack(
     min_completion_length: int = 0,
     skip_zero_advantage: bool = False,
     entropy_threshold: float | None = None,
+    old_is_reference: bool = False,
 ) -> list[PackedBatch]:
     """Micro-batches (on the CPU) of scored groups; `weights`: one for each rollout, in order.
 
     Rollouts of weight 0 are left out, and with `skip_zero_advantage` those whose advantage is zero:
     right when beta is 0, since then nothing else of theirs reaches the gradient. With an
-    `entropy_threshold`, tokens that were drawn with less entropy have no surrogate. Rollouts keep
-    their order; a prompt is repeated only where its group is cut.
+    `entropy_threshold`, tokens that were drawn with less entropy have no surrogate. With
+    `old_is_reference`, ratios start from the reference's log-probs, where it has been asked.
+    Rollouts keep their order; a prompt is repeated only where its group is cut.
     """
     lay = partial(
-        _lay, min_completion_length=min_completion_length, entropy_threshold=entropy_threshold
+        _lay,
+        min_completion_length=min_completion_length,
+        entropy_threshold=entropy_threshold,
+        old_is_reference=old_is_reference,
     )
     batches: list[PackedBatch] = []
     current: list[_Part] = []
@@ -133,7 +138,10 @@ def store_reference(batch: PackedBatch, ref_logprobs_N: torch.Tensor) -> None:
 
 
 def _lay(
-    parts: list[_Part], min_completion_length: int, entropy_threshold: float | None
+    parts: list[_Part],
+    min_completion_length: int,
+    entropy_threshold: float | None,
+    old_is_reference: bool,
 ) -> PackedBatch:
     ids, positions, rows, targets, old, reference = [], [], [], [], [], []
     advantages, weights, no_end, kept, layout, members = [], [], [], [], [], []
@@ -149,7 +157,7 @@ def _lay(
             positions += range(prompt, prompt + len(tokens) - 1)
             rows += [last_of_prompt, *range(own, own + len(tokens) - 1)]
             targets += tokens
-            old += rollout.logprobs
+            old += (old_is_reference and rollout.ref_logprobs) or rollout.logprobs
             reference += rollout.ref_logprobs or []
             advantages += [advantage] * len(tokens)
             weights += [weight] * len(tokens)

@@ -19,16 +19,18 @@ from lowmem_grpo.rollout.sampling import Sampling, choose
 __all__ = ["decode"]
 
 
-def decode(policy, wave: Wave, sampling: Sampling, recorder, places: int | None = None) -> None:
-    """The sampler's loop for a wave, with some of its tokens; see rollout/sampler.py. `places`: how
-    many tokens on the way are decoded; None: each at which sizes change. `recorder` is what records
-    it.
+def decode(
+    policy, role, wave: Wave, sampling: Sampling, recorder, places: int | None = None
+) -> None:
+    """The sampler's loop for a wave, with some of its tokens; see rollout/sampler.py. `role`: of
+    the policy. `places`: how many tokens on the way are decoded; None: each at which sizes change.
+    `recorder` is what records it.
     """
     device, rows, lengths = policy.device, len(wave.prompts) * wave.rows, list(wave.prompts)
     least = min(sampling.min_completion_length, wave.capacity)
     sampling = replace(sampling, min_completion_length=least, max_completion_length=wave.capacity)
     last = max(wave.tokens - 1, 1)
-    with policy.as_sampler():
+    with role:
         counts, capacity = [wave.rows] * len(lengths), max(wave.capacity - 1, 1)
         cache = WaveCache(lengths, counts, capacity, device, policy.cache_bits)
         uniforms_RC = torch.empty(rows, wave.capacity, dtype=torch.float64, device=device)

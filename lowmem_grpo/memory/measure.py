@@ -29,7 +29,7 @@ from lowmem_grpo.memory.trace import Recorder, named_tensors
 from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling
-from lowmem_grpo.setup import sampling_of, update_settings
+from lowmem_grpo.setup import rollout_role, sampling_of, update_settings
 
 __all__ = ["Gauge", "Measured", "alive", "measure"]
 
@@ -160,19 +160,27 @@ def measure(
     Without an optimizer the gradients are dropped. `advance` is told of tokens that are done.
     """
     for _ in range(steps):
-        with gauge.phase("rollout"):
-            _decode(policy, shapes.rollout, sampling_of(config, "rollout"), advance)
-        policy.release()
+        if config.rollout.pool is None:
+            with gauge.phase("rollout"):
+                role = rollout_role(policy, config)
+                _decode(policy, shapes.rollout, sampling_of(config, "rollout"), role, advance)
+            policy.release()
         _update(policy, config, shapes.batches, gauge, optimizer, advance)
         policy.release()
         if shapes.evaluation is not None:
             with gauge.phase("evaluation"):
-                _decode(policy, shapes.evaluation, sampling_of(config, "evaluation"), advance)
+                _decode(
+                    policy,
+                    shapes.evaluation,
+                    sampling_of(config, "evaluation"),
+                    policy.as_sampler(),
+                    advance,
+                )
             policy.release()
 
 
-def _decode(policy, wave: Wave, sampling: Sampling, advance) -> None:
-    """All tokens of a wave, none of which may end before."""
+def _decode(policy, wave: Wave, sampling: Sampling, role, advance) -> None:
+    """All tokens of a wave, none of which may end before, in a role of the policy."""
     sampling = dataclasses.replace(
         sampling, min_completion_length=wave.tokens, max_completion_length=wave.capacity
     )
@@ -185,7 +193,7 @@ def _decode(policy, wave: Wave, sampling: Sampling, advance) -> None:
         )
         for length in wave.prompts
     ]
-    with policy.as_sampler():
+    with role:
         sample(
             policy,
             requests,

@@ -51,7 +51,13 @@ from lowmem_grpo.policy.base import Policy
 from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
 from lowmem_grpo.policy.tiles import few_tiles
-from lowmem_grpo.setup import adapter_settings, open_optimizer, sampling_of, update_settings
+from lowmem_grpo.setup import (
+    adapter_settings,
+    open_optimizer,
+    rollout_role,
+    sampling_of,
+    update_settings,
+)
 
 __all__ = ["PHASES", "Alone", "Phases", "Traced"]
 
@@ -114,10 +120,12 @@ class Phases:
     def trace(self, config: Config, shapes: Shapes, steps: int = 2) -> Traced:
         """Loading and one or two steps of these shapes, under the memory settings of `config`."""
         load = self._ready(config)
-        rollout = self._rolled(config, "rollout", shapes.rollout)
+        parts = [load]
+        if config.rollout.pool is None:
+            parts.append(self._rolled(config, "rollout", shapes.rollout))
         score = self._scored(config, shapes.batches)
         optimizer = self._part(self._step)
-        parts = [load, rollout, score, optimizer]
+        parts += [score, optimizer]
         if shapes.evaluation is not None:
             parts.append(self._rolled(config, "evaluation", shapes.evaluation))
         events = together(parts, score, optimizer)
@@ -250,7 +258,12 @@ class Phases:
         self._policy.set_mlp_tile(mlp_tile)
         self._policy.cache_bits = cache_bits
         with _refused(self._policy), self._recorder() as recorder, recorder.phase(name):
-            decode(self._policy, wave, sampling_of(self._config, name), recorder, places)
+            sampling = sampling_of(self._config, name)
+            evaluated = name == "evaluation"
+            role = (
+                self._policy.as_sampler() if evaluated else rollout_role(self._policy, self._config)
+            )
+            decode(self._policy, role, wave, sampling, recorder, places)
         return Part(self._deep(recorder), recorder.workspaces)
 
     def _score(

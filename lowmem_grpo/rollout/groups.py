@@ -60,10 +60,12 @@ def sample_groups(
     max_prompt_length: int,
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
+    adapters: bool = True,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Group]:
-    """Sample `num_generations` completions of each problem from the policy as it is now (adapters
-    on). `first_place`: groups that the step has already; each place has random numbers of its own.
+    """Sample `num_generations` completions of each problem from the policy as it is now, or without
+    `adapters` from its base. `first_place`: groups that the step has already; each place has random
+    numbers of its own.
     """
     prompts = [
         prompt_ids(policy.tokenizer, problem, max_prompt_length, chat_template_kwargs)
@@ -79,7 +81,7 @@ def sample_groups(
         )
         for place, prompt in enumerate(prompts, first_place)
     ]
-    with policy.as_sampler():
+    with policy.as_sampler() if adapters else policy.as_reference():
         completions = sample(
             policy,
             requests,

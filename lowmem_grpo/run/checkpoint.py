@@ -30,6 +30,7 @@ __all__ = [
     "latest",
     "load_checkpoint",
     "read_adapter",
+    "read_group",
     "save_adapter",
     "save_checkpoint",
 ]
@@ -50,7 +51,7 @@ class State:
 
     Of the batch in hand: `iteration`, optimizer steps already taken on it; `rounds` of sampling;
     `groups_away` and their `tokens_away`, groups that made way for others. `rates`: see
-    curriculum.py.
+    curriculum.py. `pool`: groups of the pool that is trained on, if one is.
     """
 
     step: int = 0
@@ -63,6 +64,7 @@ class State:
     groups: list[Group] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
     rates: Rates = field(default_factory=Rates)
+    pool: int | None = None
 
 
 def save_checkpoint(
@@ -134,11 +136,12 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
     # Of a checkpoint from before there was dynamic sampling: as many as the batches had.
     each = document["config"]["rollout"]["problems_per_step"]
     older = {"problems": document["batch"] * each, "rounds": 1, "groups_away": 0, "tokens_away": 0}
+    older["pool"] = None
     numbers = {name: document[name] for name in ("step", "batch", "iteration", "scaler")}
     numbers |= {name: document.get(name, value) for name, value in older.items()}
     rates = Rates(**document.get("rates", {}))
     return State(
-        **numbers, rates=rates, groups=None if groups is None else [_group(g) for g in groups]
+        **numbers, rates=rates, groups=None if groups is None else [read_group(g) for g in groups]
     )
 
 
@@ -195,7 +198,8 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def _group(data: dict[str, Any]) -> Group:
+def read_group(data: dict[str, Any]) -> Group:
+    """A group as `asdict` and JSON have it."""
     problem = data["problem"]
     data["problem"] = Problem(**{**problem, "messages": tuple(problem["messages"])})
     data["rollouts"] = [Rollout(**rollout) for rollout in data["rollouts"]]

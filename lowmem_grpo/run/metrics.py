@@ -1,7 +1,7 @@
 """One record a step: what is in it, and where it goes."""
 
 from collections import Counter
-from math import isfinite
+from math import expm1, isfinite
 from statistics import fmean, stdev
 from typing import Any
 
@@ -26,6 +26,7 @@ def step_record(
     adapter_change: float,
     learning_rate: float,
     meter: Meter,
+    base_samples: bool = False,
 ) -> dict[str, Any]:
     """The record of one optimizer step (interfaces: `metrics.jsonl`).
 
@@ -34,7 +35,8 @@ def step_record(
     also stands for what was not computed: `kl` without a reference, token means when no rollout
     took part. A KL that is taken from rewards is in the advantages alone, and in none of these.
     `constant_rewards`: functions that gave every completion one value.
-    `away`: groups that made way for others, and their tokens; nothing else counts them.
+    `base_samples`: the base is the old policy. `away`: groups that made way for others, and their
+    tokens; nothing else counts them.
     `reward_failures`: scores that failed, by function and reason; means are without them, and
     `reward_mean` and `reward_std` without the `dropped_rollouts` (unless that leaves none).
     `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
@@ -70,7 +72,7 @@ def step_record(
         "grad_norm": grad_norm if isfinite(grad_norm) else None,
         "learning_rate": learning_rate,
         "adapter_change": adapter_change,
-        "sampler_kl": stats.mean("sampler_kl") if first else None,
+        "sampler_kl": _sampler_kl(groups, stats, base_samples) if first else None,
         "completion_length_mean": fmean(lengths),
         "completion_truncated_fraction": fmean(r.finish_reason == "length" for r in rollouts),
         "tokens_generated": sum(lengths) + away[1] if first else 0,
@@ -82,6 +84,21 @@ def step_record(
         "seconds": {name: round(value, 4) for name, value in meter.seconds.items()},
         "memory": meter.memory,
     }
+
+
+def _sampler_kl(groups: list[Group], stats: UpdateStats, base_samples: bool) -> float | None:
+    """k3 of sampler against trainer. Where the base samples, the trainer's numbers are the
+    reference's: the policy is another one.
+    """
+    if not base_samples:
+        return stats.mean("sampler_kl")
+    asked = [x for group in groups for x in group.rollouts if x.ref_logprobs is not None]
+    apart = [
+        expm1(trainer - sampler) - (trainer - sampler)
+        for rollout in asked
+        for sampler, trainer in zip(rollout.logprobs, rollout.ref_logprobs, strict=True)
+    ]
+    return fmean(apart) if apart else None
 
 
 def _kept(group: Group) -> list[float]:

@@ -146,6 +146,25 @@ def stable_hash(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
+def permuted(position: int, size: int, key: int) -> int:
+    """Where `position` goes in the permutation of `range(size)` that belongs to `key`.
+
+    A Feistel network of four rounds permutes the smallest square of a power of two that holds
+    `size`; a value beyond `size` is sent through again until it falls inside (cycle walking), which
+    keeps it a permutation (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method
+    2).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for round_number in range(4):
+            left, right = right, left ^ (stable_hash(key, round_number, right) & mask)
+        position = left << half | right
+        if position < size:
+            return position
+
+
 def parse_options(text: str, known: Iterable[str], task: str) -> dict[str, str]:
     """`"a=1,b=2"` as a dictionary of texts.
 

@@ -29,7 +29,7 @@ from lowmem_grpo.tasks.answers import (
     parse_number,
     same_answer,
 )
-from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, plain, stable_hash
+from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, permuted, plain, stable_hash
 from lowmem_grpo.tasks.hub import PREFIX, open_hub
 from lowmem_grpo.tasks.tables import Table, open_table
 
@@ -85,13 +85,13 @@ class Records(Task):
         epoch, position = divmod(index, self.num_train)
         if self._shuffle:
             key = stable_hash("epoch", self._seed, epoch)
-            position = _permuted(position, self.num_train, key)
+            position = permuted(position, self.num_train, key)
         return self._source.problem(self._train_rows[position])
 
     def eval_problems(self, count: int) -> list[Problem]:
         """See `Task`. In an order of its own, which mixes the file."""
         rows = self._eval_rows
-        order = (_permuted(i, len(rows), stable_hash("eval")) for i in range(min(count, len(rows))))
+        order = (permuted(i, len(rows), stable_hash("eval")) for i in range(min(count, len(rows))))
         return [self._eval_source.problem(rows[place]) for place in order]
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
@@ -237,22 +237,3 @@ def _held_out(hashes: Iterable[int], fraction: float) -> set[int]:
         return set()
     held = {value for value in different if value < fraction * 2**64}
     return (held or {different[0]}) - {different[-1]}
-
-
-def _permuted(position: int, size: int, key: int) -> int:
-    """Where `position` goes in the permutation of `range(size)` that belongs to `key`.
-
-    A Feistel network of four rounds permutes the smallest square of a power of two that holds
-    `size`; a value beyond `size` is sent through again until it falls inside (cycle walking), which
-    keeps it a permutation (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method
-    2).
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for round_number in range(4):
-            left, right = right, left ^ (stable_hash(key, round_number, right) & mask)
-        position = left << half | right
-        if position < size:
-            return position

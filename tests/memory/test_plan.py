@@ -177,7 +177,11 @@ def test_the_restated_loop_allocates_what_the_sampler_does(model):
 
     ours, peak = recorded(
         lambda policy, recorder: decode(
-            policy, Wave((64, 64), 4, 3, 3), sampling_of(config, "rollout"), recorder
+            policy,
+            policy.as_sampler(),
+            Wave((64, 64), 4, 3, 3),
+            sampling_of(config, "rollout"),
+            recorder,
         )
     )
     theirs, real_peak = recorded(real)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lowmem_grpo.errors import TaskError
 from lowmem_grpo.tasks import TaskOptions, load_task
-from lowmem_grpo.tasks.records import _permuted
+from lowmem_grpo.tasks.base import permuted
 
 
 def rows_of(count):
@@ -310,4 +310,4 @@ def test_missing_files_directories_and_fractions(tmp_path, hundred):
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_permuted_is_a_permutation(size, key):
-    assert sorted(_permuted(i, size, key) for i in range(size)) == list(range(size))
+    assert sorted(permuted(i, size, key) for i in range(size)) == list(range(size))

@@ -1,0 +1,41 @@
+"""The command `rollouts`: a pool of groups from the base, to train on."""
+
+from pathlib import Path
+
+import click
+
+from lowmem_grpo.cli_options import QUIET, SHAPE, SHARED, options, read_config, setting
+
+__all__ = ["rollouts"]
+
+
+@click.command()
+@options(SHARED, SHAPE, (setting("--seed", "run.seed", int, help="Of sampling."),))
+@click.option(
+    "--groups", "count", required=True, type=click.IntRange(min=1), help="How many, in all."
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The pool's directory; one that was begun is gone on with.",
+)
+@QUIET
+def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> None:
+    """Sample groups from the base, score their tokens with it, and keep them: `train --pool`."""
+    from lowmem_grpo.hardware import detect
+    from lowmem_grpo.memory.admit import admit
+    from lowmem_grpo.memory.card import machine_card
+    from lowmem_grpo.pool import fill
+    from lowmem_grpo.run.console import Console
+    from lowmem_grpo.setup import open_policy, open_task
+
+    console = Console(quiet=quiet)
+    assignments = (*assignments, "grpo.old_policy=base")
+    config = read_config(run_file, profile, assignments, flags, console.say)
+    task = open_task(config)
+    config, _, _ = admit(config, machine_card(detect(config.model.device)), console.say)
+    policy = open_policy(config, console.say)
+    with console.progress("groups", count) as advance:
+        had = fill(policy, task, config, output, count, advance)
+    console.say(f"{output}: {count} groups, {had} of them from before")

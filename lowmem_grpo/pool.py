@@ -1,0 +1,181 @@
+"""A pool of groups that the base sampled and scored: made once, trained on for many steps.
+
+    POOL/pool.json       what the groups were sampled with
+    POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens
+
+The base is old policy and reference in one (`grpo.old_policy = base`), so nothing that a run
+changes makes a pool out of date: steps that train on it neither sample nor ask the reference. What
+limits them is how far the policy gets from the base, where ratios are clipped.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from lowmem_grpo.config import Config
+from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.grpo.packing import pack
+from lowmem_grpo.grpo.update import Scoring, score_reference
+from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
+from lowmem_grpo.rollout.types import Group
+from lowmem_grpo.run.checkpoint import read_group
+from lowmem_grpo.run.directory import read_lines, write_atomic
+from lowmem_grpo.setup import sampling_of
+from lowmem_grpo.tasks import Task
+from lowmem_grpo.tasks.base import permuted, stable_hash
+
+__all__ = ["Pool", "check_pool", "fill", "open_pool"]
+
+FORMAT = 1
+# What makes the groups what they are; a run that trains on them has the same.
+_MADE_WITH = (
+    *("model.name", "model.lm_head_bits", "model.chat_template", "model.chat_template_kwargs"),
+    *("task.name", "task.seed", "task.system_prompt", "task.few_shot"),
+    *("rollout.num_generations", "rollout.temperature"),
+    *("rollout.min_completion_length", "rollout.max_completion_length"),
+)
+
+
+class Pool:
+    """The groups of a directory, in an order that belongs to (seed, epoch)."""
+
+    def __init__(self, path: Path, seed: int):
+        self._lines = (path / "groups.jsonl").read_bytes().splitlines()
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def group(self, index: int) -> Group:
+        """The group at `index`, 0 or more without end: every group comes once in an epoch."""
+        epoch, position = divmod(index, len(self))
+        place = permuted(position, len(self), stable_hash("pool", self._seed, epoch))
+        return read_group(json.loads(self._lines[place]))
+
+
+def open_pool(config: Config) -> Pool | None:
+    """The pool of `rollout.pool`, if there is one. Raises ConfigError for a directory that is none,
+    is not complete, or was made with other settings.
+    """
+    if config.rollout.pool is None:
+        return None
+    path = Path(config.rollout.pool)
+    document = _read(path)
+    _check(path, document, config)
+    pool = Pool(path, config.task.seed)
+    if len(pool) != document["groups"]:
+        raise ConfigError(
+            f"{path} has {len(pool)} of {document['groups']} groups: run the command rollouts again"
+        )
+    if config.grpo.masks_by_entropy and pool.group(0).rollouts[0].entropies is None:
+        raise ConfigError(
+            f"{path} has no entropies, which grpo.top_entropy_quantile needs: make it with that set"
+        )
+    longest = max(len(pool.group(index).prompt_ids) for index in range(len(pool)))
+    if longest > config.rollout.max_prompt_length:
+        raise ConfigError(
+            f"{path} has a prompt of {longest} tokens: use --max-prompt-length {longest}"
+        )
+    return pool
+
+
+def check_pool(pool: Pool | None, was: int | None) -> None:
+    """Raises ConfigError where a resumed run's pool has not as many groups as it `was` begun with:
+    their order would be another one.
+    """
+    now = None if pool is None else len(pool)
+    if now != was:
+        raise ConfigError(
+            f"--resume: the pool has {now} groups, and the run was started with {was}: "
+            "start another run with another --output"
+        )
+
+
+def fill(
+    policy,
+    task: Task,
+    config: Config,
+    path: Path,
+    groups: int,
+    advance: Callable[[int], None] = lambda groups: None,
+) -> int:
+    """Make a pool of that many groups at `path`, or go on with one that was begun; returns how many
+    it had. `advance` is told of groups that are done. Raises ConfigError for a pool that was made
+    with other settings, or is larger.
+    """
+    file = path / "groups.jsonl"
+    if path.exists() and any(path.iterdir()):
+        _check(path, _read(path), config)
+    path.mkdir(parents=True, exist_ok=True)
+    each = config.rollout.problems_per_step
+    there = [json.dumps(line) + "\n" for line in read_lines(file)] if file.is_file() else []
+    if len(there) > groups:
+        raise ConfigError(f"{path} has {len(there)} groups already: ask for that many or more")
+    had = len(there) if len(there) == groups else len(there) // each * each
+    write_atomic(path / "pool.json", json.dumps(_document(config, groups)))
+    write_atomic(file, "".join(there[:had]))  # without a line, or a batch, that was cut off
+    scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
+    with file.open("a", encoding="utf-8") as stream:
+        for start in range(had, groups, each):
+            made = sample_groups(
+                policy,
+                [task.train_problem(i) for i in range(start, min(start + each, groups))],
+                num_generations=config.rollout.num_generations,
+                sampling=sampling_of(config, "rollout"),
+                seed=config.run.seed,
+                step=start // each,
+                max_prompt_length=config.rollout.max_prompt_length,
+                chat_template_kwargs=config.model.chat_template_kwargs,
+                batch_size=config.memory.rollout_batch_size,
+                adapters=False,
+            )
+            policy.release()
+            for group in made:
+                group.advantages = [0.0] * len(group.rollouts)
+            batches = pack(
+                made,
+                [1.0] * sum(len(group.rollouts) for group in made),
+                max_tokens=config.memory.micro_batch_tokens,
+                min_completion_length=config.rollout.min_completion_length,
+            )
+            score_reference(policy, batches, scoring)
+            policy.release()
+            for group in made:
+                group.advantages = []
+                stream.write(json.dumps(asdict(group), allow_nan=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+            advance(len(made))
+    return had
+
+
+def _document(config: Config, groups: int) -> dict:
+    made = {key: _value(config, key) for key in _MADE_WITH}
+    return {"format": FORMAT, "groups": groups, "made_with": made}
+
+
+def _read(path: Path) -> dict:
+    try:
+        document = json.loads((path / "pool.json").read_text(encoding="utf-8"))
+        version = document["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no pool of groups: {error}") from error
+    if version != FORMAT:
+        raise ConfigError(f"{path} has pool format {version}, this version reads {FORMAT}")
+    return document
+
+
+def _check(path: Path, document: dict, config: Config) -> None:
+    for key, was in document["made_with"].items():
+        if _value(config, key) != was:
+            raise ConfigError(
+                f"{path} was sampled with {key} = {was!r}, and this has {_value(config, key)!r}: "
+                "use the same, or make another pool"
+            )
+
+
+def _value(config: Config, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
