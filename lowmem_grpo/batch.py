@@ -93,7 +93,7 @@ def roll_out(
             max_prompt_length=r.max_prompt_length,
             chat_template_kwargs=config.model.chat_template_kwargs,
             batch_size=config.memory.rollout_batch_size,
-            adapters=config.grpo.old_policy == "sampler",
+            adapters=config.grpo.old_policy != "base",
             advance=advance,
         )
     # All at the end: a run that fails in between is saved with the batch that it had.
@@ -194,7 +194,7 @@ def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
         groups,
         weights,
         entropy_threshold=threshold,
-        old_is_reference=config.grpo.old_policy == "base",
+        old_policy=config.grpo.old_policy,
         max_tokens=config.memory.micro_batch_tokens,
         min_completion_length=config.rollout.min_completion_length,
         # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its

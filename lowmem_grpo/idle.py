@@ -42,5 +42,8 @@ def _reasons(grpo: GrpoConfig) -> Iterator[tuple[list[str], str]]:
         yield [*estimate, *others], "grpo.beta = 0, so there is no KL"
     elif grpo.use_kl_in_reward:
         yield estimate, "grpo.use_kl_in_reward = true takes k1, and nothing in the loss"
+    if grpo.old_policy != "trainer":
+        reason = f"grpo.old_policy = {grpo.old_policy}, which needs no correction"
+        yield ["importance_sampling_clip_max"], reason
     if not grpo.sync_ref_model:
         yield ["ref_model_sync_steps"], "grpo.sync_ref_model = false, so the reference stays"

@@ -66,8 +66,11 @@ class GrpoConfig(Section):
     """vespo's decay there."""
     mask_truncated_completions: bool = False
     """Completions that were cut at the longest length do not count."""
-    old_policy: Literal["sampler", "base"] = "sampler"
-    """Who samples, and whose log-probs ratios start from: the policy as it is, or the base."""
+    old_policy: Literal["sampler", "trainer", "base"] = "sampler"
+    """Whose log-probs ratios start from: the sampler's as drawn, the trainer's of the same weights
+    (what lies between the two is a factor of its own), or the base's, which then samples."""
+    importance_sampling_clip_max: Annotated[float, Field(gt=0.0)] = 3.0
+    """With old_policy = trainer: bound of trainer's over sampler's probability of a token."""
     num_iterations: Positive = 1
     """Optimizer steps on each batch of groups."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -95,6 +98,11 @@ class GrpoConfig(Section):
             )
         if self.old_policy == "base":
             self._base_is_both()
+        if self.old_policy == "trainer" and kind == "vespo":
+            raise ValueError(
+                "grpo.loss_type = vespo weighs completions by the ratio to what sampled them: use "
+                "grpo.old_policy = sampler"
+            )
         if self.use_kl_in_reward:
             self._kl_is_a_reward_s()
         elif self.kl_estimator == "k1" and self.beta and not self.use_bias_correction_kl:

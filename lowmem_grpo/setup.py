@@ -135,7 +135,7 @@ def open_task(config: Config) -> Task:
 
 def rollout_role(policy: Policy, config: Config):
     """The role of the policy in which groups are sampled, a context manager."""
-    return policy.as_sampler() if config.grpo.old_policy == "sampler" else policy.as_reference()
+    return policy.as_reference() if config.grpo.old_policy == "base" else policy.as_sampler()
 
 
 def sampling_of(config: Config, phase: str) -> Sampling:

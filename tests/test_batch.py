@@ -241,3 +241,23 @@ def test_a_curriculum_takes_what_is_passed_half_the_time_and_resumes(tiny_model_
     rates = state["rates"]["known"]
     assert len([key for key in rates if key.startswith("arithmetic/")]) == 8
     assert (state["rates"]["low"], state["rates"]["high"]) == (0.0, 1.0)
+
+
+def test_the_trainer_as_old_policy_starts_at_ratios_of_one_and_resumes(tiny_model_dir, tmp_path):
+    """Its log-probs are those of the first update on a batch, kept for the others."""
+    settings = ["--set", "grpo.old_policy=trainer", "--set", "grpo.num_iterations=2"]
+    settings += ["--reward", "repetition:ngram=1", "--set", "optimizer.learning_rate=1e-1"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(tiny_model_dir, whole, "--steps", "4", *settings)
+    train(tiny_model_dir, part, "--steps", "3", *settings)  # between two iterations
+    state = json.loads((part / "checkpoints/step-000003/state.json").read_text())
+    rollouts = [rollout for group in state["groups"] for rollout in group["rollouts"]]
+    for rollout in rollouts:
+        assert rollout["old_logprobs"] == pytest.approx(rollout["logprobs"], abs=1e-4)
+        assert rollout["old_logprobs"] != rollout["logprobs"]
+    assert call("train", "--output", part, "--resume", "--steps", "4", "-q").exit_code == 0
+    assert_same_run(whole, part, 4)
+    records = metrics(whole)
+    clipped = [record["clip_fraction_low"] + record["clip_fraction_high"] for record in records]
+    assert clipped[0] == clipped[2] == 0.0 < clipped[1]
+    assert 0.0 < records[0]["sampler_kl"] < 1e-8

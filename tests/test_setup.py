@@ -28,6 +28,7 @@ OTHERS = {
     "vespo_lambda_pos": 5.0,
     "vespo_k_neg": 6.0,
     "vespo_lambda_neg": 7.0,
+    "importance_sampling_clip_max": 2.0,
 }
 
 

@@ -29,6 +29,11 @@ of the step's tokens: arXiv 2506.01939); its KL term stays, and it counts in the
 `entropy_coef`, that times the mean entropy of the tokens that have a surrogate is taken from the
 loss.
 
+Where ratios start from the trainer's log-probs instead of the sampler's, S is multiplied by what
+lies between them, min(exp(old_logp - sampler_logp), C) (truncated importance sampling: Yao et al.,
+"Your efficient RL framework secretly brings you off-policy RL training", 2025; C is
+`importance_sampling_clip_max`).
+
 The weights w_t carry the averaging, and they belong to the step: whatever micro-batches it is cut
 into, the losses add up to the step's loss. With R rollouts of C_i tokens in the step:
 
@@ -67,7 +72,8 @@ class ObjectiveInputs:
     """Per scored token, float32 [N]: `logprobs` (with gradient), `old_logprobs`, `advantages`,
     `weights`, and `ref_logprobs`, which may be None where beta is 0 or the divergence is exact:
     `divergences` (with gradient) are then there. `lengths`: tokens of each rollout, in order; None
-    where nothing is asked of a rollout as a whole. `kept` (bool): the tokens that have a surrogate,
+    where nothing is asked of a rollout as a whole. `sampler_logprobs`: where `old_logprobs` are not
+    the sampler's own. `kept` (bool): the tokens that have a surrogate,
     None for all. For an entropy bonus: `entropies` (with gradient) and how many `tokens` of the
     step have a surrogate.
     """
@@ -82,6 +88,7 @@ class ObjectiveInputs:
     tokens: int = 0
     divergences_N: torch.Tensor | None = None
     kept_N: torch.Tensor | None = None
+    sampler_logprobs_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,7 @@ class Objective:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    importance_sampling_clip_max: float = 3.0
 
     def __post_init__(self):
         _known("loss_type", self.loss_type, LOSS_TYPES)
@@ -124,7 +132,7 @@ class Objective:
         Stats: `tokens`; `kl` (against the reference: the exact divergence or k3, by what is given);
         `clip_low`, `clip_high` (tokens whose ratio lies outside the clip range on the side where
         that stops the gradient; for cispo `clip_high` is what is above its bound, A > 0; none for
-        sapo and vespo); `sampler_kl` (k3 of old against current log-probs).
+        sapo and vespo); `sampler_kl` (k3 of the sampler's against current log-probs).
         Raises ValueError when beta is not 0 and there is nothing of the reference.
         """
         if self.beta and (inputs.divergences_N if self.exact else inputs.ref_logprobs_N) is None:
@@ -140,6 +148,11 @@ class Objective:
             loss_N = loss_N * self._on_policy(inputs, log_ratio_N)
         if inputs.kept_N is not None:
             loss_N = loss_N * inputs.kept_N
+        sampler_N = inputs.old_logprobs_N
+        if inputs.sampler_logprobs_N is not None:
+            sampler_N = inputs.sampler_logprobs_N
+            between_N = (inputs.old_logprobs_N - sampler_N).exp()
+            loss_N = loss_N * between_N.clamp(max=self.importance_sampling_clip_max)
         stats = {}
         if self.beta:
             loss_N = loss_N + self.beta * self._divergence(inputs, ratio_N)
@@ -150,7 +163,7 @@ class Objective:
         with torch.no_grad():
             stats["tokens"] = torch.tensor(float(ratio_N.numel()), device=ratio_N.device)
             stats["clip_low"], stats["clip_high"] = self._stopped(ratio_N, inputs.advantages_N)
-            stats["sampler_kl"] = k3(inputs.old_logprobs_N, inputs.logprobs_N).sum()
+            stats["sampler_kl"] = k3(sampler_N, inputs.logprobs_N).sum()
         loss = (loss_N * inputs.weights_N).sum()
         if self.entropy_coef:
             entropies_N = inputs.entropies_N

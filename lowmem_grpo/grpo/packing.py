@@ -12,6 +12,7 @@ the others by their predecessors.
 Shapes: T trunk tokens, N scored tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,7 +20,7 @@ import torch
 
 from lowmem_grpo.rollout.types import Group, Rollout
 
-__all__ = ["PackedBatch", "pack", "store_reference"]
+__all__ = ["PackedBatch", "pack", "store_old", "store_reference"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class PackedBatch:
     `groups`: ((prompt tokens, (completion trunk tokens, ...)), ...), for the attention layout.
     `rows_N`: the trunk row whose hidden state predicts each scored token. `no_end_N`: the sampler
     was not allowed to end here. `kept_N` (bool): the tokens that have a surrogate, None for all.
-    `members`: the rollouts in order of their scored tokens.
+    `sampler_logprobs_N`: where `old_logprobs_N` are the trainer's; with `old_is_known` false they
+    are to be those of the update itself. `members`: the rollouts in order of their scored tokens.
     """
 
     input_ids_T: torch.Tensor
@@ -43,6 +45,8 @@ class PackedBatch:
     no_end_N: torch.Tensor
     ref_logprobs_N: torch.Tensor | None
     kept_N: torch.Tensor | None
+    sampler_logprobs_N: torch.Tensor | None
+    old_is_known: bool
     members: tuple[Rollout, ...]
 
     @property
@@ -85,21 +89,22 @@ def pack(
     min_completion_length: int = 0,
     skip_zero_advantage: bool = False,
     entropy_threshold: float | None = None,
-    old_is_reference: bool = False,
+    old_policy: str = "sampler",
 ) -> list[PackedBatch]:
     """Micro-batches (on the CPU) of scored groups; `weights`: one for each rollout, in order.
 
     Rollouts of weight 0 are left out, and with `skip_zero_advantage` those whose advantage is zero:
     right when beta is 0, since then nothing else of theirs reaches the gradient. With an
-    `entropy_threshold`, tokens that were drawn with less entropy have no surrogate. With
-    `old_is_reference`, ratios start from the reference's log-probs, where it has been asked.
-    Rollouts keep their order; a prompt is repeated only where its group is cut.
+    `entropy_threshold`, tokens that were drawn with less entropy have no surrogate. `old_policy`:
+    whose log-probs ratios start from: the "sampler"'s, those of the "base" where the reference has
+    been asked, or the "trainer"'s, which are not there before the first update. Rollouts keep their
+    order; a prompt is repeated only where its group is cut.
     """
     lay = partial(
         _lay,
         min_completion_length=min_completion_length,
         entropy_threshold=entropy_threshold,
-        old_is_reference=old_is_reference,
+        old_policy=old_policy,
     )
     batches: list[PackedBatch] = []
     current: list[_Part] = []
@@ -130,10 +135,21 @@ def pack(
 
 def store_reference(batch: PackedBatch, ref_logprobs_N: torch.Tensor) -> None:
     """Write the reference's log-probs of a batch into its rollouts, for the next packing."""
-    values, at = ref_logprobs_N.tolist(), 0
+    for rollout, values in _by_member(batch, ref_logprobs_N):
+        rollout.ref_logprobs = values
+
+
+def store_old(batch: PackedBatch, old_logprobs_N: torch.Tensor) -> None:
+    """Likewise the trainer's log-probs, of the policy that sampled."""
+    for rollout, values in _by_member(batch, old_logprobs_N):
+        rollout.old_logprobs = values
+
+
+def _by_member(batch: PackedBatch, values_N: torch.Tensor) -> Iterator[tuple[Rollout, list[float]]]:
+    values, at = values_N.tolist(), 0
     for rollout in batch.members:
         end = at + len(rollout.completion_ids)
-        rollout.ref_logprobs = values[at:end]
+        yield rollout, values[at:end]
         at = end
 
 
@@ -141,9 +157,9 @@ def _lay(
     parts: list[_Part],
     min_completion_length: int,
     entropy_threshold: float | None,
-    old_is_reference: bool,
+    old_policy: str,
 ) -> PackedBatch:
-    ids, positions, rows, targets, old, reference = [], [], [], [], [], []
+    ids, positions, rows, targets, old, reference, sampler = [], [], [], [], [], [], []
     advantages, weights, no_end, kept, layout, members = [], [], [], [], [], []
     for part in parts:
         prompt = len(part.prompt_ids)
@@ -157,7 +173,9 @@ def _lay(
             positions += range(prompt, prompt + len(tokens) - 1)
             rows += [last_of_prompt, *range(own, own + len(tokens) - 1)]
             targets += tokens
-            old += (old_is_reference and rollout.ref_logprobs) or rollout.logprobs
+            own = {"base": rollout.ref_logprobs, "trainer": rollout.old_logprobs}
+            old += own.get(old_policy) or rollout.logprobs
+            sampler += rollout.logprobs
             reference += rollout.ref_logprobs or []
             advantages += [advantage] * len(tokens)
             weights += [weight] * len(tokens)
@@ -173,6 +191,10 @@ def _lay(
         rows_N=torch.tensor(rows),
         targets_N=torch.tensor(targets),
         old_logprobs_N=torch.tensor(old, dtype=torch.float32),
+        sampler_logprobs_N=(
+            torch.tensor(sampler, dtype=torch.float32) if old_policy == "trainer" else None
+        ),
+        old_is_known=old_policy != "trainer" or members[0].old_logprobs is not None,
         advantages_N=torch.tensor(advantages, dtype=torch.float32),
         weights_N=torch.tensor(weights, dtype=torch.float32),
         no_end_N=torch.tensor(no_end),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lowmem_grpo.grpo.objective import Objective, ObjectiveInputs
-from lowmem_grpo.grpo.packing import PackedBatch, store_reference
+from lowmem_grpo.grpo.packing import PackedBatch, store_old, store_reference
 
 __all__ = [
     "NonFiniteError",
@@ -128,9 +128,11 @@ def accumulate(
 
     Where the objective's divergence is exact, the reference's trunk goes over each micro-batch
     before the policy's: what is needed of it are hidden states, and those of a phase before would
-    have to lie on the host, and in checkpoints. `tokens_trunk` counts the policy's alone.
+    have to lie on the host, and in checkpoints. `tokens_trunk` counts the policy's alone. Where
+    the trainer is the old policy, the log-probs of the first update on a batch are kept in its
+    rollouts.
     """
-    stats = UpdateStats()
+    stats, found = UpdateStats(), []
     scoring = replace(scoring, entropy_gradient=objective.entropy_coef != 0.0)
     tokens = sum(batch.kept for batch in batches)
     for cpu_batch in batches:
@@ -143,9 +145,11 @@ def accumulate(
         ):
             scored = scoring(policy, batch, reference_ND)
             del reference_ND
+            old_N = batch.old_logprobs_N if batch.old_is_known else scored.logprobs_N.detach()
             inputs = ObjectiveInputs(
                 logprobs_N=scored.logprobs_N,
-                old_logprobs_N=batch.old_logprobs_N,
+                old_logprobs_N=old_N,
+                sampler_logprobs_N=batch.sampler_logprobs_N,
                 advantages_N=batch.advantages_N,
                 weights_N=batch.weights_N,
                 ref_logprobs_N=batch.ref_logprobs_N,
@@ -157,6 +161,8 @@ def accumulate(
             )
             loss, sums = objective(inputs)
             (loss if loss_scale is None else loss_scale(loss)).backward()
+        if not batch.old_is_known:
+            found.append((cpu_batch, old_N.cpu()))
         sums["loss"], sums["entropy"] = loss.detach(), scored.entropies_N.detach().sum()
         # One transfer for all the numbers of a micro-batch: each waits for the device.
         values = torch.stack([sums[name].float() for name in sums]).tolist()
@@ -165,6 +171,8 @@ def accumulate(
         stats.tokens_scored += batch.targets_N.numel()
         stats.tokens_trunk += batch.tokens
         advance(batch.tokens)
+    for batch, old_N in found:  # all at the end, as of the reference
+        store_old(batch, old_N)
     stats.loss = stats.sums.pop("loss", 0.0)
     return stats
 

@@ -19,6 +19,7 @@ class Rollout:
 
     `finish_reason`: "stop" (the last token is an end-of-sequence token) or "length". `text`:
     decoded without special tokens. `ref_logprobs`: the reference's, once it has been asked.
+    `old_logprobs`: the trainer's, of the policy that sampled, once they are known and asked for.
     `entropies`: of the distributions that the tokens were drawn from, in nat, where they are asked.
     """
 
@@ -27,6 +28,7 @@ class Rollout:
     finish_reason: str
     text: str
     ref_logprobs: list[float] | None = None
+    old_logprobs: list[float] | None = None
     entropies: list[float] | None = None
 
     @property

@@ -13,6 +13,8 @@ The errors are relative, and printed as a table:
     pytest -s -m "slow or not slow" tests/grpo/test_trl_parity.py
 """
 
+import math
+
 import pytest
 import torch
 
@@ -164,15 +166,21 @@ def trl_inputs(groups, beta):
     return inputs
 
 
-def compare(policy, trainer, objective, quantile=1.0):
+def compare(policy, trainer, objective, quantile=1.0, old_policy="sampler"):
     """(clipped tokens, loss, relative error of the loss, of the gradient). `quantile`: of the
-    tokens that have a surrogate.
+    tokens that have a surrogate. `old_policy`: "trainer" has log-probs of its own.
     """
     set_up(trainer, objective, quantile)
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = old_policy == "trainer"
     groups = make_groups(SHAPE, vocab=policy.head_weight_VD.shape[0])
     groups[0].rollouts[0].completion_ids[3:5] = [PAD, PAD]
     scoring = Scoring(trainer.temperature, (PAD,))
     make_off_policy(policy, groups, scoring)
+    if old_policy == "trainer":
+        for rollout in (rollout for group in groups for rollout in group.rollouts):
+            rollout.old_logprobs = [
+                logprob + 1.5 * math.sin(5 * t) for t, logprob in enumerate(rollout.logprobs)
+            ]
     lengths, beta = [n for _, row in SHAPE for n in row], objective.beta
     weights = rollout_weights(lengths, objective.loss_type, LONGEST)
     entropies = [e for group in groups for r in group.rollouts for e in r.entropies]
@@ -185,11 +193,21 @@ def compare(policy, trainer, objective, quantile=1.0):
         max_tokens=40,
         skip_zero_advantage=beta == 0,
         entropy_threshold=threshold,
+        old_policy=old_policy,
     )
     assert len(batches) > 2
     stats = accumulate(policy, batches, scoring, objective, checkpointing=True)
 
-    loss = trainer.compute_loss(trainer.model, trl_inputs(groups, beta))
+    inputs = trl_inputs(groups, beta)
+    if old_policy == "trainer":
+        sampler_BT = inputs["old_per_token_logps"]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        inputs["old_per_token_logps"] = padded([rollout.old_logprobs for rollout in rollouts])
+        between_BT = (inputs["old_per_token_logps"] - sampler_BT).exp()
+        most = objective.importance_sampling_clip_max
+        inputs["importance_sampling_ratio"] = between_BT.clamp(max=most)
+        assert (between_BT > most).any()
+    loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     theirs = dict(trainer.model.named_parameters())
     difference, size = 0.0, 0.0
@@ -224,6 +242,18 @@ def test_tiny_model(policy, trainer, table, settings, beta):
 def test_tokens_of_the_most_entropy(policy, trainer, settings, quantile):
     objective = Objective(**{**CLIP, "beta": 0.04, **settings})
     _, _, loss_error, gradient_error = compare(policy, trainer, objective, quantile)
+    assert loss_error < 1e-5
+    assert gradient_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss_type": "cispo", "epsilon_high": 1.1}, {"loss_type": "sapo"}], ids=str
+)
+def test_what_lies_between_sampler_and_trainer(policy, trainer, settings):
+    own = {**CLIP, "beta": 0.04, "importance_sampling_clip_max": 2.0, **settings}
+    *_, loss_error, gradient_error = compare(
+        policy, trainer, Objective(**own), old_policy="trainer"
+    )
     assert loss_error < 1e-5
     assert gradient_error < 1e-5
 
