@@ -16,12 +16,13 @@ import torch
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.curriculum import chosen
-from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
+from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages, step_advantages
 from lowmem_grpo.grpo.objective import entropy_threshold, rollout_weights
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.pool import Pool
 from lowmem_grpo.rewards import Reward, score
 from lowmem_grpo.rollout.groups import sample_groups
+from lowmem_grpo.rollout.steps import step_ends
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import State
 from lowmem_grpo.setup import sampling_of
@@ -114,17 +115,22 @@ def has_signal(group: Group, config: Config) -> bool:
     """Whether its completions differ in what the advantages are made of."""
     if config.grpo.multi_objective_aggregation == "normalize_then_sum":
         return any(len(set(_there(group, v))) > 1 for v in group.rewards_by_name.values())
-    return len(set(_there(group, group.rewards))) > 1
+    if len({value for steps in _steps(group) for value in steps}) > 1:
+        return True
+    return len(set(_there(group, group.outcomes or group.rewards))) > 1
 
 
-def judge(state: State, rewards: list[Reward], config: Config) -> None:
-    """Score the groups in hand that have no rewards yet. Raises RewardError as configured."""
+def judge(state: State, rewards: list[Reward], config: Config, tokenizer) -> None:
+    """Score the groups in hand that have no rewards yet. Raises RewardError as configured.
+    `tokenizer`: tells where steps end, where there are any.
+    """
     groups = [group for group in state.groups if not group.rewards]
     texts = [rollout.text for group in groups for rollout in group.rollouts]
     ids = [rollout.completion_ids for group in groups for rollout in group.rollouts]
     problems = [group.problem for group in groups for _ in group.rollouts]
     on_error = config.rewards.on_error
-    scores = score(rewards, texts, problems, ids, stop_on_failure=on_error == "stop")
+    separator, stop = config.rewards.step_separator, on_error == "stop"
+    scores = score(rewards, texts, problems, ids, stop_on_failure=stop, separator=separator)
     dropped = scores.failed if on_error == "drop" else set()
     size = config.rollout.num_generations
     for i, group in enumerate(groups):
@@ -137,6 +143,13 @@ def judge(state: State, rewards: list[Reward], config: Config) -> None:
             for name, failed in scores.failures.items()
         }
         group.dropped = [place in dropped for place in places]
+        if separator:
+            group.step_ends = [
+                step_ends(tokenizer, rollout.completion_ids, rollout.text, separator)
+                for rollout in group.rollouts
+            ]
+            group.step_rewards = [scores.steps[place] for place in places]
+            group.outcomes = [scores.outcomes[place] for place in places]
         group.rewards = [scores.total[place] for place in places]
     if config.rollout.curriculum > 1:
         state.rates.learn(groups, config.rollout.curriculum_field)
@@ -168,6 +181,30 @@ def set_advantages(groups: list[Group], rewards: list[Reward], config: Config) -
         found = group_advantages(rewards_BG, config.grpo.scale_rewards, config.grpo.baseline)
     for group, values in zip(groups, found.tolist(), strict=True):
         group.advantages = values
+        group.step_advantages = _step_advantages(group)
+
+
+def _step_advantages(group: Group) -> list[list[float]]:
+    rewards = _steps(group)
+    if not any(rewards):
+        return []
+    longest = max(map(len, rewards))
+    rewards_GS = torch.tensor(
+        [[*steps, *[nan] * (longest - len(steps))] for steps in rewards], dtype=torch.float64
+    )
+    found = step_advantages(rewards_GS).tolist()
+    # Of a completion without rewards for steps, which still has its tokens.
+    lengths = map(len, group.step_ends)
+    return [
+        row[:count] if steps else [0.0] * count
+        for row, steps, count in zip(found, rewards, lengths, strict=True)
+    ]
+
+
+def _steps(group: Group) -> list[list[float]]:
+    """The rewards for steps of the rollouts that count."""
+    pairs = zip(group.step_rewards, group.dropped, strict=False)
+    return [[] if gone else steps for steps, gone in pairs]
 
 
 def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
@@ -204,11 +241,12 @@ def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
 
 
 def _totals(group: Group, config: Config) -> list[float]:
+    rewards = group.outcomes or group.rewards
     if not (config.grpo.use_kl_in_reward and group.has_reference):
-        return group.rewards
+        return rewards
     return [
         reward if rollout.ref_logprobs is None else reward - config.grpo.beta * rollout.summed_kl
-        for reward, rollout in zip(group.rewards, group.rollouts, strict=True)
+        for reward, rollout in zip(rewards, group.rollouts, strict=True)
     ]
 
 

@@ -69,6 +69,13 @@ class Config(Section):
             raise ValueError(
                 f"rollout.pool = {r.pool} was sampled by the base: use grpo.old_policy = base"
             )
+        if self.rewards.step_separator and self.grpo.multi_objective_aggregation != (
+            "sum_then_normalize"
+        ):
+            raise ValueError(
+                "rewards.step_separator: rewards of steps are normalised by themselves: leave out "
+                "grpo.multi_objective_aggregation = normalize_then_sum"
+            )
         weights = self.rewards.weights
         if (
             weights is not None

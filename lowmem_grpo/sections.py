@@ -107,6 +107,8 @@ class RewardsConfig(Section):
     """One factor for each function; all 1 when left out."""
     on_error: Literal["zero", "drop", "stop"] = "zero"
     """A completion whose reward fails scores 0 with it, leaves its group, or stops the run."""
+    step_separator: Annotated[str, Field(min_length=1)] | None = None
+    """Text that ends a step of a completion; a function may then give a value for each step."""
     timeout: Annotated[float, Field(gt=0.0)] = 60.0
     """Seconds that a function of yours may take for the completions of a step."""
     memory_gib: Annotated[float, Field(gt=0.0)] = 4.0

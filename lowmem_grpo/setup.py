@@ -189,4 +189,11 @@ def open_rewards(config: Config, task: Task) -> list[Reward]:
     limits = Limits(
         memory_bytes=int(r.memory_gib * 2**30), network=r.network, writable=tuple(r.writable)
     )
-    return load_rewards(r.functions, r.weights, task, timeout=r.timeout, limits=limits)
+    return load_rewards(
+        r.functions,
+        r.weights,
+        task,
+        timeout=r.timeout,
+        limits=limits,
+        with_steps=r.step_separator is not None,
+    )

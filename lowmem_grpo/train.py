@@ -165,7 +165,7 @@ def train(
                             policy.release()
                         else:
                             with meter.phase("reward"):
-                                judge(state, rewards, config)
+                                judge(state, rewards, config, policy.tokenizer)
                     if stop.requested:
                         break
                     set_advantages(state.groups, rewards, config)

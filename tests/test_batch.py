@@ -2,7 +2,7 @@
 
 import copy
 import json
-from statistics import stdev
+from statistics import fmean, stdev
 
 import pytest
 
@@ -11,7 +11,7 @@ from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import RewardError
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.rewards import Reward
-from lowmem_grpo.run.checkpoint import State
+from lowmem_grpo.run.checkpoint import State, read_group
 from lowmem_grpo.setup import sampling_of, update_settings
 from tests.grpo.rollouts import make_groups
 from tests.runs import assert_same_run, call, metrics, train
@@ -138,7 +138,7 @@ def test_failures_are_counted_and_drop_where_they_should():
         config = build_config(
             [("test", {"rewards": {"on_error": on_error}, "rollout": {"num_generations": 2}})]
         )
-        judge(State(groups=groups), [mine], config)
+        judge(State(groups=groups), [mine], config, None)
         set_advantages(groups, [mine], config)
         assert groups[0].rewards_by_name == {"mine": [None, 1.0]}
         assert groups[0].failures == {"mine": {"timeout": 1}}
@@ -150,7 +150,7 @@ def test_failures_are_counted_and_drop_where_they_should():
             group.rewards = []
     config = build_config([("test", {"rewards": {"on_error": "stop"}})])
     with pytest.raises(RewardError, match="'mine' failed for 1 of 4"):
-        judge(State(groups=groups), [mine], config)
+        judge(State(groups=groups), [mine], config, None)
 
 
 def test_a_batch_is_complete_when_its_groups_are_scored_and_have_a_signal():
@@ -261,3 +261,38 @@ def test_the_trainer_as_old_policy_starts_at_ratios_of_one_and_resumes(tiny_mode
     clipped = [record["clip_fraction_low"] + record["clip_fraction_high"] for record in records]
     assert clipped[0] == clipped[2] == 0.0 < clipped[1]
     assert 0.0 < records[0]["sampler_kl"] < 1e-8
+
+
+def test_rewards_of_steps_become_advantages_of_their_tokens(tiny_model_dir, tmp_path):
+    path = tmp_path / "steps.py"
+    path.write_text(
+        "def each(completions, steps):\n"
+        "    return [[float(sum(map(ord, s)) % 3) for s in of_one] for of_one in steps]\n"
+    )
+    # The tiny model's tokens are decoded with spaces between them.
+    settings = ["--reward", f"{path}:each", "--set", 'rewards.step_separator=" "']
+    settings += ["--set", "grpo.num_iterations=2"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(tiny_model_dir, whole, "--steps", "3", *settings)
+    train(tiny_model_dir, part, "--steps", "1", *settings)
+    state = json.loads((part / "checkpoints/step-000001/state.json").read_text())
+    groups = [read_group(group) for group in state["groups"]]
+    assert any(len(ends) > 1 for group in groups for ends in group.step_ends)
+    for group in groups:
+        assert group.advantages == [0.0] * 4  # no reward is of the whole
+        flat = [reward for steps in group.step_rewards for reward in steps]
+        mean, std = fmean(flat), stdev(flat)
+        for place, rollout in enumerate(group.rollouts):
+            ends, own = group.step_ends[place], group.step_rewards[place]
+            later = [sum((r - mean) / (std + 1e-4) for r in own[j:]) for j in range(len(own))]
+            tokens = group.token_advantages(place)
+            assert len(tokens) == len(rollout.completion_ids) == ends[-1]
+            for step, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                assert tokens[start:end] == pytest.approx([later[step]] * (end - start))
+            assert group.rewards[place] == pytest.approx(fmean(own))
+    (batch,) = pack_groups(groups, configured())
+    expected = [a for g in groups for place in range(4) for a in g.token_advantages(place)]
+    assert batch.advantages_N.tolist() == pytest.approx(expected)
+    assert call("train", "--output", part, "--resume", "--steps", "3", "-q").exit_code == 0
+    assert_same_run(whole, part, 3)
+    assert all(record["frac_reward_zero_std"] < 1 for record in metrics(whole))

@@ -18,14 +18,19 @@ With several rewards, sums of them hide what differs: (1, 0) and (0, 1) are the 
 
     A' = sum_f w_f (r_f - mean r_f) / (std r_f + eps)        A = (A' - mean A') / (std A' + eps)
 
+Process supervision (section 4.1.3) has a reward for each step of a completion. All of a group's are
+normalised together, and a token's advantage is the sum of those of its step and the later ones:
+
+    A_i,t = sum over steps j that end at or after t of (r_ij - mean R) / (std R + eps)
+
 A reward of NaN is none: that rollout does not count, and has an advantage of 0.
 
-Pure: tensors in, a tensor out. Shapes: F rewards, B problems, G rollouts each.
+Pure: tensors in, a tensor out. Shapes: F rewards, B problems, G rollouts each, S steps.
 """
 
 import torch
 
-__all__ = ["BASELINES", "SCALINGS", "gdpo_advantages", "group_advantages"]
+__all__ = ["BASELINES", "SCALINGS", "gdpo_advantages", "group_advantages", "step_advantages"]
 
 SCALINGS = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out")
@@ -78,6 +83,18 @@ def gdpo_advantages(
     # The mean is zero up to rounding, which is no advantage.
     of_all = summed_BG[there_BG]
     return (summed_BG - of_all.mean()).masked_fill(nothing_BG, 0.0) / (_std(of_all) + eps)
+
+
+def step_advantages(rewards_GS: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """Advantages [G, S] of the tokens of each step, of one group's rewards [G, S] for steps; NaN
+    where a rollout has fewer, or does not count, and 0 there.
+    """
+    flat_1N = rewards_GS.reshape(1, -1)
+    if not flat_1N.numel():
+        return rewards_GS
+    each_GS = group_advantages(flat_1N, eps=eps).view_as(rewards_GS)
+    later_GS = each_GS.flip(1).cumsum(1).flip(1)
+    return later_GS.masked_fill(rewards_GS.isnan(), 0.0)
 
 
 def _centred(rewards_BG: torch.Tensor, there_BG: torch.Tensor) -> torch.Tensor:

@@ -75,10 +75,12 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rollouts of one group, with what each carries: (rollout, advantage, weight)."""
+    """Some rollouts of one group, with what each carries: (rollout, its tokens' advantages,
+    weight).
+    """
 
     prompt_ids: list[int]
-    rollouts: list[tuple[Rollout, float, float]]
+    rollouts: list[tuple[Rollout, list[float], float]]
 
 
 def pack(
@@ -111,8 +113,9 @@ def pack(
     used = 0
     remaining = iter(weights)
     for group in groups:
-        scored = zip(group.rollouts, group.advantages, remaining, strict=False)
-        kept = [x for x in scored if x[2] and not (skip_zero_advantage and x[1] == 0.0)]
+        each = [group.token_advantages(place) for place in range(len(group.rollouts))]
+        scored = zip(group.rollouts, each, remaining, strict=False)
+        kept = [x for x in scored if x[2] and not (skip_zero_advantage and not any(x[1]))]
         prompt = len(group.prompt_ids)
         whole = prompt + sum(len(rollout.completion_ids) - 1 for rollout, _, _ in kept)
         if kept and used and used + whole > max_tokens:
@@ -166,7 +169,7 @@ def _lay(
         last_of_prompt = len(ids) + prompt - 1
         ids += part.prompt_ids
         positions += range(prompt)
-        for rollout, advantage, weight in part.rollouts:
+        for rollout, own_advantages, weight in part.rollouts:
             tokens = rollout.completion_ids
             own = len(ids)
             ids += tokens[:-1]
@@ -177,7 +180,7 @@ def _lay(
             old += own.get(old_policy) or rollout.logprobs
             sampler += rollout.logprobs
             reference += rollout.ref_logprobs or []
-            advantages += [advantage] * len(tokens)
+            advantages += own_advantages
             weights += [weight] * len(tokens)
             no_end += [t < min_completion_length for t in range(len(tokens))]
             if entropy_threshold is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from math import isfinite
 from typing import Any
@@ -37,10 +37,11 @@ def load_rewards(
     *,
     timeout: float = 60.0,
     limits: Limits | None = None,
+    with_steps: bool = False,
 ) -> list[Reward]:
     """The rewards that `specs` name, or the task's default ones where there are none; weights are 1
     unless given. `timeout`: seconds that a user's function may take for a step's completions, under
-    `limits`.
+    `limits`. `with_steps`: functions are given the steps of completions.
 
     Names in the log are `number`, `math`, `format` and so on, or the function's; a second reward of
     the same name gets `_2`, and so on. Raises `ConfigError` for a reward that is unknown, cannot be
@@ -54,7 +55,9 @@ def load_rewards(
             f"{len(weights)} reward weights for {len(specs)} rewards ({', '.join(specs)}): "
             "give one for each"
         )
-    own = _open_files([spec for spec in specs if _is_own(spec)], task, timeout, limits or Limits())
+    fields = {*fields_of([task.train_problem(0)], [[]]), *(["steps"] if with_steps else [])}
+    files = [spec for spec in specs if _is_own(spec)]
+    own = _open_files(files, fields, timeout, limits or Limits())
     names: list[str] = []
     rewards = []
     for i, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
@@ -156,14 +159,13 @@ def _is_own(spec: str) -> bool:
 
 
 def _open_files(
-    specs: list[str], task: Task, timeout: float, limits: Limits
+    specs: list[str], fields: Collection[str], timeout: float, limits: Limits
 ) -> dict[str, RewardFunction]:
     files: dict[str, list[str]] = {}
     for spec in specs:
         files.setdefault(spec.rpartition(":")[0], []).append(spec)
     functions: dict[str, RewardFunction] = {}
     for path, of_file in files.items():
-        fields = fields_of([task.train_problem(0)], [[]])
         functions |= open_file(path, of_file, fields, timeout, limits)
     return functions
 

@@ -10,10 +10,15 @@ problem of the call has, and
     prompts         the chat messages of each prompt
     problems        the `Problem` objects themselves
     completion_ids  the tokens of each completion, its end token included
+    steps           the steps of each completion, texts, where a separator of steps is given
 
 These names hide columns of the same name. Every function gets lists of its own. A value may be
 None: this reward does not apply to that completion. It may have failed instead; then there is none
 either, and it is counted. What there is none of adds nothing to the total.
+
+Where there is a separator of steps, a value may be a list with one for each step (process
+supervision: DeepSeekMath, arXiv 2402.03300, section 4.1.3). Their mean is what is logged and adds
+to the total; the advantages are made of them, and of the `outcomes` without them.
 """
 
 from __future__ import annotations
@@ -24,10 +29,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from lowmem_grpo.errors import RewardError
 from lowmem_grpo.isolation.worker import Failure
+from lowmem_grpo.rollout.steps import step_texts
 from lowmem_grpo.tasks.base import Problem
 
 RewardFunction = Callable[..., list]
@@ -50,12 +57,16 @@ class Reward:
 @dataclass(frozen=True)
 class Scores:
     """by_name: each reward's values, unweighted, one a completion, None where there is none; total:
-    their weighted sum; failures: by name and completion, why there is none.
+    their weighted sum; failures: by name and completion, why there is none. steps: of each
+    completion the weighted sum for each step, empty where no reward has values for steps; outcomes:
+    the totals without those.
     """
 
     by_name: dict[str, list[float | None]]
     total: list[float]
     failures: dict[str, dict[int, Failure]] = field(default_factory=dict)
+    steps: list[list[float]] = field(default_factory=list)
+    outcomes: list[float] = field(default_factory=list)
 
     @property
     def failed(self) -> set[int]:
@@ -70,8 +81,10 @@ def score(
     completion_ids: Sequence[Sequence[int]],
     *,
     stop_on_failure: bool = False,
+    separator: str | None = None,
 ) -> Scores:
     """Scores `completions[i]`, an answer to `problems[i]`, with every reward, all at the same time.
+    `separator`: what ends a step of a completion, if rewards may have values for steps.
 
     Raises `RewardError` where a function of our own cannot score an answer, and with
     `stop_on_failure` where any fails.
@@ -81,21 +94,53 @@ def score(
     if not completions:
         return Scores({reward.name: [] for reward in rewards}, [])
 
+    steps = [step_texts(text, separator) for text in completions] if separator else None
+
     def values_of(reward: Reward) -> list:
-        return reward.function(completions=list(completions), **fields_of(problems, completion_ids))
+        fields = fields_of(problems, completion_ids)
+        if steps is not None:
+            fields["steps"] = [list(texts) for texts in steps]
+        return reward.function(completions=list(completions), **fields)
 
     with ThreadPoolExecutor(max_workers=len(rewards)) as threads:
         returned = list(threads.map(values_of, rewards))
     by_name, failures = {}, {}
+    of_steps: list[list[float]] = [[] for _ in completions]
+    outcomes = [0.0] * len(completions)
     for reward, values in zip(rewards, returned, strict=True):
-        failures[reward.name] = {i: x for i, x in enumerate(values) if isinstance(x, Failure)}
-        by_name[reward.name] = [None if isinstance(x, Failure) else x for x in values]
+        checked = [_for_steps(x, steps and steps[i]) for i, x in enumerate(values)]
+        failures[reward.name] = {i: x for i, x in enumerate(checked) if isinstance(x, Failure)}
+        by_name[reward.name] = [None if isinstance(x, Failure) else _logged(x) for x in checked]
         _tell(reward, failures[reward.name], completions, problems, stop_on_failure)
+        for i, value in enumerate(checked):
+            if isinstance(value, list):
+                before = of_steps[i] or [0.0] * len(value)
+                of_steps[i] = [s + reward.weight * v for s, v in zip(before, value, strict=True)]
+            elif isinstance(value, float):
+                outcomes[i] += reward.weight * value
     total = [
         math.fsum(reward.weight * (by_name[reward.name][i] or 0.0) for reward in rewards)
         for i in range(len(completions))
     ]
-    return Scores(by_name, total, {name: found for name, found in failures.items() if found})
+    failures = {name: found for name, found in failures.items() if found}
+    return Scores(by_name, total, failures, of_steps, outcomes)
+
+
+def _for_steps(value: Any, steps: list[str] | None) -> Any:
+    """The value, or a failure where it has not one for each step."""
+    if not isinstance(value, list):
+        return value
+    if steps is None:
+        words = "it returned a list for a completion, and rewards.step_separator is not set"
+    elif len(value) != len(steps):
+        words = f"it returned {len(value)} values for {len(steps)} steps of a completion"
+    else:
+        return value
+    return Failure("invalid", words)
+
+
+def _logged(value: float | list[float] | None) -> float | None:
+    return fmean(value) if isinstance(value, list) else value
 
 
 def fields_of(

@@ -24,9 +24,9 @@ from lowmem_grpo.tasks.base import Problem
 
 __all__ = ["Isolated", "Values", "answering"]
 
-Values = list[float | Failure | None]
-"""Of each completion: its value; None where the function says that it does not apply; or why there
-is none.
+Values = list[float | list[float] | Failure | None]
+"""Of each completion: its value, or one for each of its steps; None where the function says that it
+does not apply; or why there is none.
 """
 _SINGLES = 8
 
@@ -72,10 +72,16 @@ class Isolated:
         return [_taken(value) for value in reply]
 
 
-def _taken(value: Any) -> float | Failure | None:
-    if value is None or (isinstance(value, float) and math.isfinite(value)):
+def _taken(value: Any) -> float | list[float] | Failure | None:
+    if value is None or _is_number(value):
+        return value
+    if isinstance(value, list) and value and all(map(_is_number, value)):
         return value
     return Failure("invalid", f"it returned {str(value)[:100]}, not a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def answering(function: Callable[..., Any]) -> Callable[..., list | str]:
@@ -104,12 +110,17 @@ def answering(function: Callable[..., Any]) -> Callable[..., list | str]:
     return handler
 
 
-def _plain(value: Any) -> float | str | None:
-    value = value.item() if hasattr(value, "item") else value
+def _plain(value: Any) -> float | list | str | None:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    elif hasattr(value, "item"):
+        value = value.item()
     if value is None:
         return None
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
+    if isinstance(value, (list, tuple)) and not any(isinstance(x, (list, tuple)) for x in value):
+        return [_plain(x) for x in value]
     return f"{_short(value)} ({type(value).__name__})"
 
 

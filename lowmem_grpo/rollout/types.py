@@ -46,6 +46,10 @@ class Group:
     `rewards_by_name[name][i]` belongs to rollout i, before weighting, and is None where there is no
     score; `rewards` is the weighted sum. `failures[name][reason]`: how many scores failed.
     `dropped[i]`: rollout i takes no part, since a score of it failed.
+
+    Where rewards may have values for steps: `step_ends[i]`, the tokens of rollout i up to the end
+    of each step; `step_rewards[i]`, weighted, empty where there are none; `outcomes`, the rewards
+    without those; `step_advantages[i]`, for the tokens of each step beside `advantages[i]`.
     """
 
     problem: Problem
@@ -56,9 +60,24 @@ class Group:
     rewards_by_name: dict[str, list[float | None]] = field(default_factory=dict)
     failures: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: list[bool] = field(default_factory=list)
+    step_ends: list[list[int]] = field(default_factory=list)
+    step_rewards: list[list[float]] = field(default_factory=list)
+    outcomes: list[float] = field(default_factory=list)
+    step_advantages: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self):
         self.dropped = self.dropped or [False] * len(self.rollouts)
+
+    def token_advantages(self, place: int) -> list[float]:
+        """Of each token of a rollout."""
+        outcome, rollout = self.advantages[place], self.rollouts[place]
+        steps = self.step_advantages[place] if self.step_advantages else []
+        if not steps:
+            return [outcome] * len(rollout.completion_ids)
+        ends = self.step_ends[place]
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        pairs = zip(steps, lengths, strict=True)
+        return [outcome + step for step, length in pairs for _ in range(length)]
 
     @property
     def has_reference(self) -> bool:

@@ -50,7 +50,7 @@ def step_record(
         for name in groups[0].rewards_by_name
     }
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    flat = sum(not any(group.advantages) or _constant(group) for group in groups)
+    flat = sum(_flat(group) for group in groups)
     first = iteration == 0
     return {
         "step": step,
@@ -114,10 +114,13 @@ def _failures(groups: list[Group]) -> dict[str, dict[str, int]]:
     return {name: dict(reasons) for name, reasons in found.items() if reasons}
 
 
-def _constant(group: Group) -> bool:
-    """Equal rewards in each function; a KL among the rewards differs even then."""
+def _flat(group: Group) -> bool:
+    """No advantages, or none but those of a KL among the rewards, which differs in any case."""
+    if any(map(any, group.step_advantages)):
+        return False
     each = group.rewards_by_name.values()
-    return bool(each) and all(len(set(values)) == 1 for values in each)
+    constant = bool(each) and all(len(set(values)) == 1 for values in each)
+    return constant or not any(group.advantages)
 
 
 class MetricsWriter:

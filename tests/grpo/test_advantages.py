@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages
+from lowmem_grpo.grpo.advantages import gdpo_advantages, group_advantages, step_advantages
 
 FIXED = settings(deadline=None, derandomize=True)
 # Sixteenths are exact in binary: a shift by one of them rounds nothing.
@@ -171,3 +171,17 @@ def test_normalised_by_itself_a_reward_that_is_not_there_gives_nothing():
     expected = (summed - summed.mean()) / (summed.std() + 1e-4)
     assert found[0, [0, 1, 3]].tolist() == pytest.approx(expected.tolist(), rel=1e-9)
     assert found[0, 2] == 0.0
+
+
+def test_a_step_s_advantage_is_the_sum_of_the_normalised_rewards_from_it_on():
+    nan = float("nan")
+    rewards = [[1.0, 0.0, 0.5], [0.0, 1.0, nan], [nan, nan, nan]]
+    found = step_advantages(torch.tensor(rewards, dtype=torch.float64)).tolist()
+    all_of_them = [1.0, 0.0, 0.5, 0.0, 1.0]
+    mean = sum(all_of_them) / 5
+    std = (sum((r - mean) ** 2 for r in all_of_them) / 4) ** 0.5
+    each = [(r - mean) / (std + 1e-4) for r in all_of_them]
+    expected = [[sum(each[:3]), sum(each[1:3]), each[2]], [sum(each[3:]), each[4], 0.0], [0.0] * 3]
+    for row, wanted in zip(found, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-9)
+    assert step_advantages(torch.full((2, 2), 0.1)).tolist() == [[0.0, 0.0]] * 2

@@ -31,7 +31,7 @@ VALUES = {
     "tuple": (1, 0, 1, 0), "bools": [True, False] * 2, "array": Array([1.0, 0.0, 1.0, 0.0]),
     "scalars": [Scalar(1.0), Scalar(0.0)] * 2,
     "nan": float("nan"), "inf": float("inf"), "text": "1.0", "complex": 1j, "decimal": Decimal(1),
-    "list": [1.0], "scalar nan": Scalar(float("nan")),
+    "list": [[1.0]], "scalar nan": Scalar(float("nan")),
     "long": [1.0] * 5, "empty": [], "float": 1.0,
     "no list": Array(1.0), "None": None, "string": "1010", "dict": {0: 1.0, 1: 0.0, 2: 1, 3: 1},
     "generator": (x for x in range(4)),
@@ -44,6 +44,8 @@ def one(completions, **_):
 async def later(completions, answer):
     await asyncio.gather(*(asyncio.sleep(0.01) for _ in completions))
     return [float(a) for a in answer]
+def stepwise(completions, **_):
+    return [[1, 0.5], (True,), Array([0.25]), [1.0, float("nan")]]
 def partly(completions, **_):
     return [None if text == "one" else 0.5 for text in completions]
 
@@ -98,7 +100,7 @@ def test_numbers_of_every_kind_are_taken_as_floats(call, which):
         ("text", "'1.0' (str)"),
         ("complex", "1j (complex)"),
         ("decimal", "Decimal('1')"),
-        ("list", "[1.0] (list)"),
+        ("list", "[[1.0]] (list)"),
         ("scalar nan", "nan (float)"),
     ],
 )
@@ -132,6 +134,12 @@ def test_anything_but_one_value_for_each_completion_costs_all(call, which, says)
 def test_a_function_may_be_async_and_may_say_that_it_does_not_apply(call):
     assert call("later") == [0.0, 1.0, 2.0, 3.0]
     assert call("partly") == [0.5, None, 0.5, 0.5]
+
+
+def test_a_value_may_be_one_for_each_step(call):
+    *values, failure = call("stepwise")
+    assert values == [[1.0, 0.5], [1.0], [0.25]]
+    assert failure.reason == "invalid"
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,23 @@ def test_nothing_to_score_and_lists_that_do_not_fit():
     assert score([Reward("r", 1.0, lambda **_: [])], [], [], []).total == []
     with pytest.raises(ValueError, match="1 completions for 2 problems"):
         run(lambda **_: [], ["one"])
+
+
+def test_values_for_steps_are_checked_and_added_up_step_by_step():
+    texts = ["a\n\nb\n\n", "c"]
+
+    def spy(completions, steps, **_):
+        assert steps == [["a\n\n", "b\n\n"], ["c"]]
+        return [[1.0, 0.0], [0.5]]
+
+    two = Reward("two", 2.0, lambda **_: [[0.0, 0.25], [1.0, 1.0]])
+    rewards = [Reward("spy", 1.0, spy), two, Reward("whole", 3.0, lambda **_: [1.0, 0.0])]
+    scores = score(rewards, texts, PROBLEMS, IDS, separator="\n\n")
+    assert scores.by_name == {"spy": [0.5, 0.5], "two": [0.125, None], "whole": [1.0, 0.0]}
+    assert scores.steps == [[1.0, 0.5], [0.5]]
+    assert scores.outcomes == [3.0, 0.0]
+    assert scores.total == [0.5 + 0.25 + 3.0, 0.5]
+    assert "2 values for 1 steps" in scores.failures["two"][1].message
+    without = score([Reward("spy", 1.0, lambda **_: [[1.0], 2.0])], texts, PROBLEMS, IDS)
+    assert without.by_name == {"spy": [None, 2.0]}
+    assert "rewards.step_separator is not set" in without.failures["spy"][0].message
