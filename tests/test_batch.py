@@ -202,7 +202,8 @@ def test_groups_without_a_signal_make_way_and_are_counted(tiny_model_dir, tmp_pa
     assert len(set(problems)) == 6
 
 
-def test_such_a_run_resumes_exactly_and_its_memory_is_as_planned(tiny_model_dir, tmp_path, odd):
+def test_such_a_run_resumes_exactly_with_a_curriculum_too(tiny_model_dir, tmp_path, odd):
+    odd = [*odd, "--set", "rollout.curriculum=3", "--set", "rollout.curriculum_field=operands"]
     train(tiny_model_dir, tmp_path / "whole", "--steps", "4", *odd)
     part = tmp_path / "part"
     train(tiny_model_dir, part, "--steps", "2", *odd)
@@ -212,35 +213,12 @@ def test_such_a_run_resumes_exactly_and_its_memory_is_as_planned(tiny_model_dir,
     rows = [row for entry in compared for row in entry["comparison"]]
     assert rows
     assert all(abs(row["allocated_deviation"]) < 0.05 for row in rows)
-
-
-def test_a_curriculum_takes_what_is_passed_half_the_time_and_resumes(tiny_model_dir, tmp_path):
-    path = tmp_path / "level.py"
-    path.write_text(
-        "def f(completions, operands, **_):\n"
-        "    # By the last digit: to 2 never right, to 6 by length, then always.\n"
-        "    return [[0.0, float(len(t) % 2), 1.0][(o[0] % 10 + 1) // 4]\n"
-        "            for t, o in zip(completions, operands)]\n"
-    )
-    settings = [
-        "--task",
-        "arithmetic:digits=2",
-        "--reward",
-        f"{path}:f",
-        "--set",
-        "run.log_rollouts=8",
-    ]
-    settings += ["--set", "rollout.curriculum=8", "--set", "rollout.curriculum_field=operands"]
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    train(tiny_model_dir, whole, "--steps", "4", *settings)
-    train(tiny_model_dir, part, "--steps", "2", *settings)
-    assert call("train", "--output", part, "--resume", "--steps", "4", "-q").exit_code == 0
-    assert_same_run(whole, part, 4)
     state = json.loads((part / "checkpoints/step-000004/state.json").read_text())
-    assert state["problems"] == 4 * 2 * 8
-    rates = state["rates"]["known"]
-    assert len([key for key in rates if key.startswith("arithmetic/")]) == 8
-    assert (state["rates"]["low"], state["rates"]["high"]) == (0.0, 1.0)
+    replaced = sum(record["groups_replaced"] for record in metrics(part))
+    assert state["problems"] == (4 * 2 + replaced) * 3
+    known = state["rates"]["known"]
+    assert len([key for key in known if key.startswith("arithmetic/")]) == 4 * 2 + replaced
+    assert state["rates"]["low"] == 0.0 < state["rates"]["high"]
 
 
 def test_the_trainer_as_old_policy_starts_at_ratios_of_one_and_resumes(tiny_model_dir, tmp_path):
