@@ -114,7 +114,10 @@ def roll_out(
 def has_signal(group: Group, config: Config) -> bool:
     """Whether its completions differ in what the advantages are made of."""
     if config.grpo.multi_objective_aggregation == "normalize_then_sum":
-        return any(len(set(_there(group, v))) > 1 for v in group.rewards_by_name.values())
+        each = list(group.rewards_by_name.values())
+        weights = config.rewards.weights or [1.0] * len(each)
+        counted = [values for values, weight in zip(each, weights, strict=True) if weight]
+        return any(len(set(_there(group, values))) > 1 for values in counted)
     if len({value for steps in _steps(group) for value in steps}) > 1:
         return True
     return len(set(_there(group, group.outcomes or group.rewards))) > 1

@@ -33,6 +33,8 @@ def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> N
     console = Console(quiet=quiet)
     assignments = (*assignments, "grpo.old_policy=base")
     config = read_config(run_file, profile, assignments, flags, console.say)
+    config.check_trainable()
+    config = config.settled({"rollout.pool": None}, "rollouts")  # which it makes
     task = open_task(config)
     config, _, _ = admit(config, machine_card(detect(config.model.device)), console.say)
     policy = open_policy(config, console.say)

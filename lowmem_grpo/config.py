@@ -69,13 +69,14 @@ class Config(Section):
             raise ValueError(
                 f"rollout.pool = {r.pool} was sampled by the base: use grpo.old_policy = base"
             )
-        if self.rewards.step_separator and self.grpo.multi_objective_aggregation != (
-            "sum_then_normalize"
-        ):
-            raise ValueError(
-                "rewards.step_separator: rewards of steps are normalised by themselves: leave out "
-                "grpo.multi_objective_aggregation = normalize_then_sum"
-            )
+        if self.rewards.step_separator:
+            for key in ("multi_objective_aggregation", "scale_rewards", "baseline"):
+                value = getattr(self.grpo, key)
+                if value != type(self.grpo).model_fields[key].default:
+                    raise ValueError(
+                        "rewards.step_separator: the rewards of a group's steps are normalised "
+                        f"together: leave out grpo.{key} = {value}"
+                    )
         weights = self.rewards.weights
         if (
             weights is not None
@@ -102,6 +103,13 @@ class Config(Section):
     def chosen(self) -> list[str]:
         """The settings that the memory plan chose; their sources say why."""
         return [key for key, source in self.sources.items() if source.startswith("plan: ")]
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether steps have a phase in which the reference is asked for its log-probs: those of a
+        pool are in it.
+        """
+        return self.grpo.scores_reference and self.rollout.pool is None
 
     def check_trainable(self) -> None:
         """Refuse what can be sampled but not trained on. Raises ConfigError."""

@@ -35,14 +35,19 @@ class Rates:
     high: float | None = None
 
     def learn(self, groups: Sequence[Group], level_field: str | None) -> None:
-        """Take in scored groups."""
-        rewards = [reward for group in groups for reward in group.rewards]
-        self.low = min(rewards) if self.low is None else min(self.low, *rewards)
-        self.high = max(rewards) if self.high is None else max(self.high, *rewards)
+        """Take in scored groups, but for rollouts that were dropped."""
+        counted = [(group.problem, group.counted_rewards) for group in groups]
+        rewards = [reward for _, of_group in counted for reward in of_group]
+        if not rewards:
+            return
+        self.low = min(rewards if self.low is None else [self.low, *rewards])
+        self.high = max(rewards if self.high is None else [self.high, *rewards])
         span = self.high - self.low
-        for group in groups:
-            share = (fmean(group.rewards) - self.low) / span if span else 0.5
-            for key in _keys(group.problem, level_field):
+        for problem, of_group in counted:
+            if not of_group:
+                continue
+            share = (fmean(of_group) - self.low) / span if span else 0.5
+            for key in _keys(problem, level_field):
                 total, weight = self.known.get(key, (0.0, 0.0))
                 self.known[key] = [KEPT * total + share, KEPT * weight + 1.0]
 

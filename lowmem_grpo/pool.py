@@ -1,4 +1,4 @@
-"""A pool of groups that the base sampled and scored: made once, trained on for many steps.
+"""A pool of groups that the base sampled: made once, trained on for many steps.
 
     POOL/pool.json       what the groups were sampled with
     POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens
@@ -22,6 +22,7 @@ from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import read_group
 from lowmem_grpo.run.directory import read_lines, write_atomic
+from lowmem_grpo.sections import TaskConfig
 from lowmem_grpo.setup import sampling_of
 from lowmem_grpo.tasks import Task
 from lowmem_grpo.tasks.base import permuted, stable_hash
@@ -30,12 +31,14 @@ __all__ = ["Pool", "check_pool", "fill", "open_pool"]
 
 FORMAT = 1
 # What makes the groups what they are; a run that trains on them has the same.
-_MADE_WITH = (
-    *("model.name", "model.lm_head_bits", "model.chat_template", "model.chat_template_kwargs"),
-    *("task.name", "task.seed", "task.system_prompt", "task.few_shot"),
-    *("rollout.num_generations", "rollout.temperature"),
-    *("rollout.min_completion_length", "rollout.max_completion_length"),
-)
+_MADE_WITH = {
+    "model": ("name", "lm_head_bits", "chat_template", "chat_template_kwargs"),
+    "task": tuple(TaskConfig.model_fields),  # what is held out, too
+    "rollout": (
+        *("num_generations", "min_completion_length", "max_completion_length"),
+        *("temperature", "top_p", "top_k", "min_p"),
+    ),
+}
 
 
 class Pool:
@@ -69,11 +72,12 @@ def open_pool(config: Config) -> Pool | None:
         raise ConfigError(
             f"{path} has {len(pool)} of {document['groups']} groups: run the command rollouts again"
         )
-    if config.grpo.masks_by_entropy and pool.group(0).rollouts[0].entropies is None:
+    groups = [pool.group(index) for index in range(len(pool))]
+    if config.grpo.masks_by_entropy and any(g.rollouts[0].entropies is None for g in groups):
         raise ConfigError(
-            f"{path} has no entropies, which grpo.top_entropy_quantile needs: make it with that set"
+            f"{path} lacks entropies, which grpo.top_entropy_quantile needs: make it with that set"
         )
-    longest = max(len(pool.group(index).prompt_ids) for index in range(len(pool)))
+    longest = max(len(group.prompt_ids) for group in groups)
     if longest > config.rollout.max_prompt_length:
         raise ConfigError(
             f"{path} has a prompt of {longest} tokens: use --max-prompt-length {longest}"
@@ -152,7 +156,8 @@ def fill(
 
 
 def _document(config: Config, groups: int) -> dict:
-    made = {key: _value(config, key) for key in _MADE_WITH}
+    sections = config.model_dump(mode="json")
+    made = {f"{s}.{key}": sections[s][key] for s, keys in _MADE_WITH.items() for key in keys}
     return {"format": FORMAT, "groups": groups, "made_with": made}
 
 
@@ -168,14 +173,10 @@ def _read(path: Path) -> dict:
 
 
 def _check(path: Path, document: dict, config: Config) -> None:
+    own = _document(config, 0)["made_with"]
     for key, was in document["made_with"].items():
-        if _value(config, key) != was:
+        if own.get(key) != was:
             raise ConfigError(
-                f"{path} was sampled with {key} = {was!r}, and this has {_value(config, key)!r}: "
+                f"{path} was sampled with {key} = {was!r}, and this has {own.get(key)!r}: "
                 "use the same, or make another pool"
             )
-
-
-def _value(config: Config, key: str):
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)

@@ -176,7 +176,8 @@ def check_prompts(task: Task, config: Config) -> None:
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     r, batches = config.rollout, -(-config.run.steps // config.grpo.num_iterations)
-    for index in range(batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum):
+    most = batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum
+    for index in range(most if r.pool is None else 0):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every:
         for problem in task.eval_problems(config.eval.num_problems):

@@ -82,8 +82,7 @@ def train(
     task = open_task(config)
     rewards = open_rewards(config, task)
     pool = open_pool(config)
-    if pool is None:
-        check_prompts(task, config)
+    check_prompts(task, config)
     check_directory(config.run.output, resume=resume, overwrite=overwrite)
     # Before the directory is touched: a run that does not fit must not replace one that did.
     config, plan, planner = admit(config, machine_card(detect(config.model.device)), console.say)
@@ -123,7 +122,7 @@ def train(
         for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
             run.rewind(name, state.step)
         alarms = Alarms(run.lines("metrics.jsonl"))
-        best = Best(run, config.eval.metric_for_best)
+        best = Best(run, config.eval, state.step)
 
         def save() -> Path:
             state.scaler = scaler.state_dict() if scaler is not None else {}
@@ -229,6 +228,7 @@ def train(
                         learning_rate=learning_rate,
                         meter=meter,
                         base_samples=config.grpo.old_policy == "base",
+                        from_pool=pool is not None,
                     )
                     if state.iteration == 0:
                         metrics.write_rollouts(state.step + 1, state.groups)

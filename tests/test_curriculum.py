@@ -12,7 +12,9 @@ def problem(name, level=None):
 
 
 def group(name, rewards, level=None):
-    return Group(problem(name, level), [1], [], rewards=rewards)
+    group = Group(problem(name, level), [1], [], rewards=rewards)
+    group.dropped = [False] * len(rewards)
+    return group
 
 
 def test_problems_near_a_half_come_first_and_new_ones_count_as_that():

@@ -39,6 +39,10 @@ def test_a_pool_is_the_same_however_often_it_was_interrupted(tiny_model_dir, tmp
         for rollout in group["rollouts"]:
             # The base's own log-probs, taken twice, by sampler and trainer.
             assert rollout["ref_logprobs"] == pytest.approx(rollout["logprobs"], abs=1e-4)
+    cut = ["--set", "rollout.top_p=0.5"]
+    refused = call("rollouts", *shape(tiny_model_dir), *cut, "--groups", "2", "--output", part)
+    assert refused.exit_code == 2
+    assert "rollout.top_p = 0.5" in refused.stderr
     fewer = call("rollouts", *shape(tiny_model_dir), "--groups", "2", "--output", part)
     assert fewer.exit_code == 2
     assert "has 6 groups already" in fewer.stderr
@@ -64,7 +68,9 @@ def test_steps_train_on_a_pool_without_sampling_and_resume_exactly(tiny_model_di
     seconds = json.loads((whole / "metrics.jsonl").read_text().splitlines()[1])["seconds"]
     assert "reference" not in seconds
     plan = json.loads((whole / "plan.json").read_text())
-    assert "rollout" not in [phase["name"] for phase in plan["phases"]]
+    names = [phase["name"] for phase in plan["phases"]]
+    assert names == ["load", "update", "optimizer"]
+    assert records[0]["tokens_generated"] == 0
     compared = json.loads((whole / "memory.json").read_text())[0]["comparison"]
     assert {row["phase"] for row in compared} >= {"update"}
     assert all(abs(row["allocated_deviation"]) < 0.05 for row in compared)
@@ -98,8 +104,9 @@ def test_a_pool_that_does_not_fit_is_refused(tiny_model_dir, tmp_path):
     for more, says in (
         ([], "use grpo.old_policy = base"),
         ([*BASE, "--num-generations", "2"], "num_generations = 4, and this has 2"),
+        ([*BASE, "--set", "task.eval_fraction=0.5"], "task.eval_fraction = 0.1, and this has 0.5"),
         ([*BASE, "--max-prompt-length", "5"], "use --max-prompt-length"),
-        ([*BASE, "--set", "grpo.top_entropy_quantile=0.5"], "has no entropies"),
+        ([*BASE, "--set", "grpo.top_entropy_quantile=0.5"], "lacks entropies"),
         ([*BASE, "--set", "grpo.use_kl_in_reward=true"], "leave out grpo.use_kl_in_reward"),
         ([*BASE, "--pool", tmp_path / "gone"], "is no pool of groups"),
     ):

@@ -20,8 +20,9 @@ from lowmem_grpo.run.directory import read_lines
 
 GENERATORS = {
     "chain_sum": "reasoning_gym:chain_sum:min_terms=2,max_terms=3,min_digits=1,max_digits=1",
-    "gcd": "reasoning_gym:gcd:min_value=1,max_value=40",
     "letter_counting": "reasoning_gym:letter_counting:min_words=3,max_words=5",
+    "needle_haystack": "reasoning_gym:needle_haystack:min_num_statements=3,max_num_statements=6",
+    "gcd": "reasoning_gym:gcd:min_value=1,max_value=40",
 }
 SETTINGS = [
     *("--model", "smollm2-135m", "--profile", "cpu"),

@@ -23,11 +23,11 @@ D estimates KL(policy || reference) from a token of the policy, r = ref - logp (
 or is no estimate: `exact` is the sum over the whole vocabulary (policy/divergence.py), which has no
 variance and whose gradient is that of the divergence. An estimate is multiplied by rho with
 `use_bias_correction_kl` (DeepSeek-V3.2, arXiv 2512.02556). From there also
-`off_policy_mask_threshold`: a rollout with A < 0 whose mean of old_logp - logp is above it has no
-surrogate. Nor has, with a threshold, a token whose distribution had less entropy (the top quantile
-of the step's tokens: arXiv 2506.01939); its KL term stays, and it counts in the averages. With
-`entropy_coef`, that times the mean entropy of the tokens that have a surrogate is taken from the
-loss.
+`off_policy_mask_threshold`: a rollout with A < 0 whose mean of sampler_logp - logp is above it has
+no surrogate. Nor has, with a threshold, a token whose distribution had less entropy (the top
+quantile of the step's tokens: arXiv 2506.01939); its KL term stays, and it counts in the averages.
+With `entropy_coef`, that times the mean entropy of the tokens that have a surrogate is taken from
+the loss.
 
 Where ratios start from the trainer's log-probs instead of the sampler's, S is multiplied by what
 lies between them, min(exp(old_logp - sampler_logp), C) (truncated importance sampling: Yao et al.,
@@ -144,13 +144,14 @@ class Objective:
             level_N = _by_rollout(log_ratio_N, inputs.lengths, torch.mean)
         ratio_N = level_N.exp()
         loss_N = -self._surrogate(inputs, log_ratio_N, ratio_N)
-        if self.off_policy_mask_threshold is not None:
-            loss_N = loss_N * self._on_policy(inputs, log_ratio_N)
-        if inputs.kept_N is not None:
-            loss_N = loss_N * inputs.kept_N
         sampler_N = inputs.old_logprobs_N
         if inputs.sampler_logprobs_N is not None:
             sampler_N = inputs.sampler_logprobs_N
+        if self.off_policy_mask_threshold is not None:
+            loss_N = loss_N * self._on_policy(inputs, inputs.logprobs_N - sampler_N)
+        if inputs.kept_N is not None:
+            loss_N = loss_N * inputs.kept_N
+        if inputs.sampler_logprobs_N is not None:
             between_N = (inputs.old_logprobs_N - sampler_N).exp()
             loss_N = loss_N * between_N.clamp(max=self.importance_sampling_clip_max)
         stats = {}

@@ -1,31 +1,36 @@
 """What a child process may touch: its own directory, no network, no process but its own children.
 
     processes, network   namespaces of its own (user_namespaces(7), pid_namespaces(7)): what the
-                         child starts ends with it, whatever it did to its session; it sees no
-                         other process, and no network
+                         child starts ends with it, whatever it did to its session; it can signal
+                         no other process, and has no network
+    sockets              seccomp(2), where it has no network: none to a path either, behind which
+                         there may be a service of the machine
     files                Landlock (landlock(7)): it reads what its user may read, and writes below
                          the directories that it was given
     memory               RLIMIT_AS, of each process
-    number of processes  RLIMIT_NPROC, of the namespace; root is exempt from it
+    number of processes  RLIMIT_NPROC, of its namespaces; root is exempt from it
 
 All of it needs Linux and no privileges. A kernel, or its administrator, may not have one of them;
 then the child runs without, and whoever started it is told what is missing.
 
-Left out: reading files, changing their modes and times, and reading the clock. A machine of its own
-would be a stronger wall.
+Left out: reading files and what /proc tells of other processes, and changing modes and times of
+files. A machine of its own would be a stronger wall.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
+import platform
 import signal
 import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Limits", "confine", "enter_namespaces"]
+__all__ = ["Limits", "confine", "end_others", "enter_namespaces"]
 
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
@@ -39,8 +44,16 @@ _WRITE_RIGHTS = {
 }
 _FILE_RIGHTS = (1 << 1) | (1 << 14)
 _SCOPES = 0b11  # version 6: abstract sockets and signals stay inside
+# linux/bpf_common.h, seccomp.h, audit.h
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _ERRNO, _FILTER, _PR_SET_SECCOMP = 0x7FFF0000, 0x00050000, 2, 22
+_IO_URING_SETUP = 425
+_SECCOMP = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
 _MOST_PROCESSES = 256
 _MOST_FILE_BYTES = 2**30
+
+_alone = False
+"""Whether this process has a namespace of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ def enter_namespaces(network: bool) -> list[str]:
     if not kind:
         return ["processes", *missing]
     _unshare(kind)
+    _limit("RLIMIT_NPROC", _MOST_PROCESSES)  # which outside of a namespace counts all of the user's
     first = os.fork()
     if first:
         _wait_for(first)
@@ -75,31 +89,76 @@ def enter_namespaces(network: bool) -> list[str]:
     second = os.fork()
     if second:
         _wait_for(second)
+    global _alone
+    _alone = True
     return missing
+
+
+def end_others() -> None:
+    """End every other process of the namespace but its first: what a program left behind. Does
+    nothing where this process has no namespace of its own.
+    """
+    if _alone:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
 
 
 def confine(directory: str, limits: Limits) -> list[str]:
     """Confine this process and its children to come, for good. Returns what is missing."""
-    _limit_resources(limits)
+    _limit("RLIMIT_AS", limits.memory_bytes)
+    _limit("RLIMIT_CORE", 0)
+    _limit("RLIMIT_FSIZE", _MOST_FILE_BYTES)
     if not sys.platform.startswith("linux"):
         return ["files"]
-    return [] if _landlock([directory, *limits.writable]) else ["files"]
+    missing = [] if _landlock([directory, *limits.writable]) else ["files"]
+    if not limits.network and not _without_path_sockets():
+        missing.append("sockets")
+    return missing
 
 
-def _limit_resources(limits: Limits) -> None:
+def _limit(name: str, most: int) -> None:
     try:
         import resource
     except ImportError:  # not on Windows
         return
-    for kind, most in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, _MOST_FILE_BYTES),
-        (resource.RLIMIT_NPROC, _MOST_PROCESSES),
-    ):
-        _, hard = resource.getrlimit(kind)
-        if hard == resource.RLIM_INFINITY or hard > most:
-            resource.setrlimit(kind, (most, most))
+    kind = getattr(resource, name)
+    _, hard = resource.getrlimit(kind)
+    if hard == resource.RLIM_INFINITY or hard > most:
+        resource.setrlimit(kind, (most, most))
+
+
+def _without_path_sockets() -> bool:
+    """Refuse sockets of the family AF_UNIX, but for pairs, and io_uring, which makes them too."""
+    known = _SECCOMP.get(platform.machine())
+    if known is None or sys.byteorder != "little":
+        return False
+    architecture, socket_call = known
+    refuse = _ERRNO | errno.EACCES
+    # (code, jump if true, if false, operand): seccomp_data has the call at 0, the architecture at
+    # 4, the first argument at 16.
+    program = [
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 1, 0, architecture),
+        (_RETURN, 0, 0, refuse),  # the calls of another architecture
+        (_LOAD, 0, 0, 0),
+        (_AT_LEAST, 5, 0, 0x40000000),  # of x32, likewise
+        (_EQUAL, 4, 0, _IO_URING_SETUP),
+        (_EQUAL, 0, 2, socket_call),
+        (_LOAD, 0, 0, 16),
+        (_EQUAL, 1, 0, 1),  # AF_UNIX
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, refuse),
+    ]
+    code = b"".join(struct.pack("=HBBI", *line) for line in program)
+    buffer = ctypes.create_string_buffer(code)
+    header = _Program(len(program), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(header), 0, 0) == 0
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("lines", ctypes.c_void_p))
 
 
 def _landlock(writable: Sequence[str]) -> bool:

@@ -47,6 +47,7 @@ _WORDS = {
     "processes": "a process that outlives its reward would go on",
     "network": "they reach the network",
     "files": "they can write where you can",
+    "sockets": "they reach services of this machine",
 }
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -79,7 +80,7 @@ class Worker:
 
     target: the factory, as "module:name"; arguments and requests are JSON. The factory runs before
     the limits on files and memory are drawn, and what it loads is loaded. missing: which limits
-    this machine does not have ("processes", "network", "files"), once it has started.
+    this machine does not have ("processes", "network", "files", "sockets"), once it has started.
     """
 
     def __init__(self, target: str, arguments: dict[str, Any], limits: Limits | None = None):
@@ -151,8 +152,8 @@ class Worker:
                 self.close()
                 raise WorkerFailure("died", "its process answered out of turn")
         if "raised" in reply:
-            # What is left of the child's memory is not enough for the next one.
-            if str(reply["raised"]).startswith("MemoryError"):
+            # What is left of the child's memory, or of its processes, is not enough for the next.
+            if str(reply["raised"]).startswith(("MemoryError", "BlockingIOError")):
                 self.close()
             raise WorkerFailure("raised", str(reply["raised"]))
         return reply.get("value")
@@ -163,9 +164,13 @@ class Worker:
             value = self.call(request, limit_s)
         except WorkerFailure as error:
             return error.failure
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-        return Failure("invalid", f"the score is {value!r:.60}")
+        except (UserError, WorkerSetupError) as error:  # it could start before
+            return Failure("died", f"it cannot start again: {error}")
+        # Converted here, where a whole number of a thousand digits is no float.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(value, str) and math.isfinite(value):
+                return float(value)
+        return Failure("invalid", f"the score is {str(value)[:60]}")
 
     def close(self) -> None:
         """Ends the child; the next call starts another."""

@@ -211,7 +211,7 @@ def _update(
     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
     parameters = list(policy.adapter_parameters().values())
-    if config.grpo.scores_reference:
+    if config.asks_reference:
         with gauge.phase("reference"):
             score_reference(policy, packed(groups, config), scoring, advance)
     with gauge.phase("update"):

@@ -279,7 +279,7 @@ class Phases:
         how = dict(zip(("checkpointing", "offloading", "overlapping"), how, strict=True))
         policy, config = self._policy, self._config
         settings = update_settings(config) | how
-        referred = config.grpo.scores_reference and not few
+        referred = config.asks_reference and not few
         if few and not settings["objective"].exact:
             settings["objective"] = replace(settings["objective"], beta=0.0)
         policy.set_mlp_tile(tiles[0])

@@ -179,9 +179,18 @@ def packed(batches: list[list[Group]], config: Config) -> list[PackedBatch]:
     threshold = 0.0 if config.grpo.masks_by_entropy else None
     found = []
     for groups in batches:
-        rows = sum(len(group.rollouts) for group in groups)
-        weights = [1.0 / rows] * rows
-        found += pack(groups, weights, max_tokens=MOST_TOKENS, entropy_threshold=threshold)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        weights = [1.0 / len(rollouts)] * len(rollouts)
+        if config.rollout.pool is not None:  # whose groups bring the reference's log-probs
+            for rollout in rollouts:
+                rollout.ref_logprobs = rollout.logprobs
+        found += pack(
+            groups,
+            weights,
+            max_tokens=MOST_TOKENS,
+            entropy_threshold=threshold,
+            old_policy=config.grpo.old_policy,
+        )
     return found
 
 

@@ -9,9 +9,13 @@ are in a column of the problem, in one of three forms:
     {"inputs": ["1 2\\n"], "outputs": ["3\\n"]}  standard input, and the output that it should bring
 
 Each test runs in an interpreter of its own, confined as `isolation/` says, in a directory that is
-empty, for at most `timeout` seconds. A test is passed when its last line was reached: ending the
-process early does not count. Outputs are compared without white space at the ends of lines and of
-the whole. score: `fraction` of the tests, or `all` (1.0 or 0.0).
+empty, for at most `timeout` seconds, and what it leaves running is ended with it. A test is passed
+when its last line was reached, not when the process has ended well. Outputs are compared without
+white space at the ends of lines and of the whole. score: `fraction` of the tests, or `all` (1.0 or
+0.0).
+
+Program and test share an interpreter: one that sets out to can answer an assert with an object that
+equals everything. Input and output leave no such way. A problem without tests has no score.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.isolation.confine import end_others
 from lowmem_grpo.isolation.worker import Failure, Worker
 from lowmem_grpo.rewards.isolated import Values
 
@@ -36,16 +41,19 @@ __all__ = ["CodeReward", "make_runner"]
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _MOST_OUTPUT = 2**20
-# The program comes over a pipe and not as a file, and the word that says that all was run lies in
-# neither: a program that wants to pass without being right has to look for it.
+# The program comes from a file without a name, and what says that all was run is in no name that it
+# has: a program that wants to pass without being right has to look for it.
 _DRIVER = """
-import json, os, sys
-program, test, word, descriptor = json.loads(os.fdopen(int(sys.argv[1])).read())
-names = {"__name__": "__main__"}
-exec(compile(program, "program", "exec"), names)
-if test is not None:
-    exec(compile(test, "test", "exec"), names)
-os.write(descriptor, word.encode())
+def drive():
+    import json, os, sys
+    program, test, word, descriptor = json.loads(os.fdopen(int(sys.argv[1])).read())
+    reached, write = word.encode(), os.write
+    names = {"__name__": "__main__"}
+    exec(compile(program, "program", "exec"), names)
+    if test is not None:
+        exec(compile(test, "test", "exec"), names)
+    write(descriptor, reached)
+drive()
 """
 
 
@@ -60,12 +68,15 @@ class CodeReward:
 
     def __call__(self, completions: list[str], problems: list, **fields: Any) -> Values:
         return [
-            self._one(text, problem.fields[self._column])
+            self._one(text, problem.fields.get(self._column))
             for text, problem in zip(completions, problems, strict=True)
         ]
 
     def _one(self, completion: str, cell: Any) -> float | Failure:
-        tests = read_tests(cell)
+        try:
+            tests = read_tests(cell)
+        except ConfigError as error:  # a row that nobody has looked at
+            return Failure("invalid", str(error))
         limit = len(tests) * (self._limit_s + 1.0) + 5.0
         found = self._worker.score({"program": program_of(completion), "tests": tests}, limit)
         return float(found == 1.0) if self._whole and isinstance(found, float) else found
@@ -111,28 +122,31 @@ def make_runner(limit_s: float) -> Callable[[str, list[dict[str, str]]], float]:
 
 def _passes(program: str, test: dict[str, str], limit_s: float) -> bool:
     word = secrets.token_hex(8)
-    source, sink = os.pipe()
-    answer, done = os.pipe()
-    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryFile() as output:
+    with (
+        tempfile.TemporaryDirectory() as here,
+        tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as answer,
+        tempfile.TemporaryFile() as output,
+    ):
+        source.write(json.dumps([program, test.get("code"), word, answer.fileno()]).encode())
+        source.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _DRIVER, str(source)],
+            [sys.executable, "-I", "-c", _DRIVER, str(source.fileno())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.DEVNULL,
             cwd=here,
             env={"PATH": os.defpath, "PYTHONHASHSEED": "0"},  # and nothing that is secret
-            pass_fds=(source, done),
+            pass_fds=(source.fileno(), answer.fileno()),
             start_new_session=True,
         )
-        os.close(source)
-        os.close(done)
-        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
-            with os.fdopen(sink, "w") as pipe:
-                json.dump([program, test.get("code"), word, done], pipe)
-            process.communicate(test.get("input", "").encode(), timeout=limit_s)
-        _end(process)
-        reached = _read(answer)
-        if reached != word.encode():
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+                process.communicate(test.get("input", "").encode(), timeout=limit_s)
+        finally:
+            _end(process)
+        answer.seek(0)
+        if answer.read(64) != word.encode():
             return False
         if "output" not in test:
             return True
@@ -143,17 +157,8 @@ def _passes(program: str, test: dict[str, str], limit_s: float) -> bool:
 def _end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
+    end_others()  # and what went to a session of its own
     process.wait()
-
-
-def _read(descriptor: int) -> bytes:
-    os.set_blocking(descriptor, False)  # what it started may still hold the other end
-    try:
-        return os.read(descriptor, 64)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(descriptor)
 
 
 def _lines(text: bytes) -> list[bytes]:

@@ -33,24 +33,33 @@ _SINGLES = 8
 
 class Isolated:
     """The reward function that `worker` holds. `request`: what its handler gets besides completions
-    and fields. `limit_s`: for all completions of a call.
+    and fields. `limit_s`: for all completions of a call, or for so many `together`.
     """
 
-    def __init__(self, worker: Worker, limit_s: float, request: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        worker: Worker,
+        limit_s: float,
+        request: dict[str, Any] | None = None,
+        together: int | None = None,
+    ):
         self._worker, self._limit_s, self._request = worker, limit_s, request or {}
+        self._together = together
 
     def __call__(self, completions: list[str], problems: list[Problem], **fields: Any) -> Values:
         """Never raises for what the function does."""
         fields["problems"] = [asdict(problem) for problem in problems]
-        found = self._ask(completions, fields, self._limit_s)
+        limit_s = self._limit_s * -(-len(completions) // (self._together or len(completions)))
+        found = self._ask(completions, fields, limit_s)
         if isinstance(found, list):
             return found
         if len(completions) == 1:
             return [found]
-        end = time.monotonic() + self._limit_s
+        end = time.monotonic() + limit_s
+        single = self._limit_s if self._together else 0.0
         values: Values = []
         for i, text in enumerate(completions):
-            left = min(end - time.monotonic(), self._limit_s / _SINGLES)
+            left = min(end - time.monotonic(), max(limit_s / _SINGLES, single))
             if left <= 0:
                 values += [found] * (len(completions) - i)
                 break

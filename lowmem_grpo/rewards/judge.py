@@ -7,8 +7,8 @@ OpenAI's chat completions, which vLLM, llama.cpp, Ollama and others speak.
     max_score = 10.0                     the score is divided by this, and cut to [0, 1]
     pattern = "Rating: ([0-9.]+)"        what to read of the reply; its last number if left out
     api_key_env = "JUDGE_KEY"            the environment variable with the key, if it needs one
-    timeout = 60.0                       seconds for one request
-    retries = 3                          after errors of the network or the server, 1, 2, 4 s apart
+    timeout = 30.0                       seconds for one request
+    retries = 2                          after errors of the network or the server, 1, 2, 4 s apart
     concurrency = 8                      requests at once
     max_tokens = 512
     temperature = 0.0
@@ -58,8 +58,8 @@ class Judge:
     max_score: float = 1.0
     pattern: str | None = None
     api_key_env: str | None = None
-    timeout: float = 60.0
-    retries: int = 3
+    timeout: float = 30.0
+    retries: int = 2
     concurrency: int = 8
     max_tokens: int = 512
     temperature: float = 0.0
@@ -71,7 +71,7 @@ def judge_reward(path: str) -> RewardFunction:
     # Every request may take its time and all its retries, with so many at once.
     each = (judge.retries + 1) * judge.timeout + 2.0**judge.retries
     worker = Worker("lowmem_grpo.rewards.judge:make_judge", asdict(judge), Limits(network=True))
-    return Isolated(worker, 8 * each)
+    return Isolated(worker, each, together=judge.concurrency)
 
 
 def make_judge(**settings: Any) -> Callable[..., list | str]:
@@ -93,15 +93,15 @@ def _score(judge: Judge, prompt: str) -> float | str:
     """A score, or in words why there is none, which is then an invalid value."""
     try:
         reply = _ask(judge, prompt)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        if judge.pattern:
+            found = re.findall(judge.pattern, reply)
+            reply = found[-1] if found else ""
+        number = last_number(reply)
+        if number is not None:
+            return min(1.0, max(0.0, float(number) / judge.max_score))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         return f"{type(error).__name__}: {error}"
-    if judge.pattern:
-        found = re.findall(judge.pattern, reply)
-        reply = found[-1] if found else ""
-    number = last_number(reply)
-    if number is None:
-        return f"no score in the reply {reply[:100]!r}"
-    return min(1.0, max(0.0, float(number) / judge.max_score))
+    return f"no score in the reply {reply[:100]!r}"
 
 
 def _ask(judge: Judge, prompt: str) -> str:

@@ -68,6 +68,12 @@ class Group:
     def __post_init__(self):
         self.dropped = self.dropped or [False] * len(self.rollouts)
 
+    @property
+    def counted_rewards(self) -> list[float]:
+        """The rewards of the rollouts that were not dropped."""
+        pairs = zip(self.rewards, self.dropped, strict=True)
+        return [reward for reward, gone in pairs if not gone]
+
     def token_advantages(self, place: int) -> list[float]:
         """Of each token of a rollout."""
         outcome, rollout = self.advantages[place], self.rollouts[place]

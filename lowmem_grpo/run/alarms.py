@@ -141,5 +141,6 @@ class Alarms:
 
     def _failed(self, name: str) -> float:
         """The share of the last steps' completions for which a reward failed."""
-        failed = sum(sum(r["reward_failures"].get(name, {}).values()) for r in self._last)
-        return failed / sum(record["rollouts"] for record in self._last)
+        known = [record for record in self._last if "reward_failures" in record]
+        failed = sum(sum(record["reward_failures"].get(name, {}).values()) for record in known)
+        return failed / sum(record["rollouts"] for record in known)

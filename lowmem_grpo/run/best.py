@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem_grpo.run.checkpoint import save_adapter
 from lowmem_grpo.run.directory import RunDirectory, replace_directory, write_atomic
+from lowmem_grpo.sections import EvalConfig
 
 __all__ = ["BEST", "Best"]
 
@@ -17,17 +18,20 @@ BEST = "best"
 
 
 class Best:
-    """`metric`: the name of a value in an evaluation's summary, of which more is better; None keeps
-    nothing.
+    """`settings.metric_for_best`: the name of a value in an evaluation's summary, of which more is
+    better; None keeps nothing. What is there counts where its evaluation was like these, and not of
+    a later step than `step`, which a resumed run takes again.
     """
 
-    def __init__(self, run: RunDirectory, metric: str | None):
-        self._run, self._metric = run, metric
+    def __init__(self, run: RunDirectory, settings: EvalConfig, step: int):
+        self._run, self._metric = run, settings.metric_for_best
+        self._how = settings.model_dump(mode="json", exclude={"every", "batch_size"})
         self._most = None
         file = run / BEST / "best.json"
         if file.is_file():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            self._most = kept["value"] if kept["metric"] == metric else None
+            if kept["how"] == self._how and kept["step"] <= step:
+                self._most = kept["value"]
 
     def offer(self, step: int, summary: dict[str, Any], policy, base_name: str) -> bool:
         """The adapters as they are now, after `step`, had this evaluation. Whether they were
@@ -41,7 +45,7 @@ class Best:
         partial = self._run / f".{BEST}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         save_adapter(partial, policy, base_name)
-        document = {"step": step, "metric": self._metric, "value": value}
+        document = {"step": step, "metric": self._metric, "value": value, "how": self._how}
         write_atomic(partial / "best.json", json.dumps(document))
         replace_directory(partial, self._run / BEST)
         self._most = value

@@ -27,6 +27,7 @@ def step_record(
     learning_rate: float,
     meter: Meter,
     base_samples: bool = False,
+    from_pool: bool = False,
 ) -> dict[str, Any]:
     """The record of one optimizer step (interfaces: `metrics.jsonl`).
 
@@ -35,15 +36,15 @@ def step_record(
     also stands for what was not computed: `kl` without a reference, token means when no rollout
     took part. A KL that is taken from rewards is in the advantages alone, and in none of these.
     `constant_rewards`: functions that gave every completion one value.
-    `base_samples`: the base is the old policy. `away`: groups that made way for others, and their
-    tokens; nothing else counts them.
+    `base_samples`: the base is the old policy; `from_pool`: and sampled before. `away`: groups that
+    made way for others, and their tokens; nothing else counts them.
     `reward_failures`: scores that failed, by function and reason; means are without them, and
     `reward_mean` and `reward_std` without the `dropped_rollouts` (unless that leaves none).
     `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
     own.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    kept = [_kept(group) for group in groups]
+    kept = [group.counted_rewards for group in groups]
     kept = kept if any(kept) else [group.rewards for group in groups]
     by_name = {
         name: [x for group in groups for x in group.rewards_by_name[name] if x is not None]
@@ -52,6 +53,7 @@ def step_record(
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     flat = sum(_flat(group) for group in groups)
     first = iteration == 0
+    generated = first and not from_pool
     return {
         "step": step,
         "iteration": iteration,
@@ -75,7 +77,7 @@ def step_record(
         "sampler_kl": _sampler_kl(groups, stats, base_samples) if first else None,
         "completion_length_mean": fmean(lengths),
         "completion_truncated_fraction": fmean(r.finish_reason == "length" for r in rollouts),
-        "tokens_generated": sum(lengths) + away[1] if first else 0,
+        "tokens_generated": sum(lengths) + away[1] if generated else 0,
         "groups_replaced": away[0] if first else 0,
         "tokens_replaced": away[1] if first else 0,
         "tokens_trained": stats.tokens_scored,
@@ -99,11 +101,6 @@ def _sampler_kl(groups: list[Group], stats: UpdateStats, base_samples: bool) -> 
         for sampler, trainer in zip(rollout.logprobs, rollout.ref_logprobs, strict=True)
     ]
     return fmean(apart) if apart else None
-
-
-def _kept(group: Group) -> list[float]:
-    dropped = group.dropped or [False] * len(group.rewards)
-    return [reward for reward, gone in zip(group.rewards, dropped, strict=True) if not gone]
 
 
 def _failures(groups: list[Group]) -> dict[str, dict[str, int]]:
@@ -171,6 +168,7 @@ class MetricsWriter:
                     "reward": group.rewards[i],
                     "rewards": {name: values[i] for name, values in group.rewards_by_name.items()},
                     "advantage": group.advantages[i],
+                    **({"step_advantages": steps[i]} if (steps := group.step_advantages) else {}),
                 },
             )
 

@@ -205,6 +205,7 @@ def compare(policy, trainer, objective, quantile=1.0, old_policy="sampler"):
         inputs["old_per_token_logps"] = padded([rollout.old_logprobs for rollout in rollouts])
         between_BT = (inputs["old_per_token_logps"] - sampler_BT).exp()
         most = objective.importance_sampling_clip_max
+        inputs["sampling_per_token_logps"] = sampler_BT
         inputs["importance_sampling_ratio"] = between_BT.clamp(max=most)
         assert (between_BT > most).any()
     loss = trainer.compute_loss(trainer.model, inputs)
@@ -247,7 +248,14 @@ def test_tokens_of_the_most_entropy(policy, trainer, settings, quantile):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss_type": "cispo", "epsilon_high": 1.1}, {"loss_type": "sapo"}], ids=str
+    "settings",
+    [
+        {},
+        {"loss_type": "cispo", "epsilon_high": 1.1},
+        {"loss_type": "sapo"},
+        {"off_policy_mask_threshold": 0.02},
+    ],
+    ids=str,
 )
 def test_what_lies_between_sampler_and_trainer(policy, trainer, settings):
     own = {**CLIP, "beta": 0.04, "importance_sampling_clip_max": 2.0, **settings}

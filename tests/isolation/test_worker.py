@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from lowmem_grpo.errors import UserError
 from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.isolation.worker import Worker, WorkerFailure, WorkerSetupError
+from tests.isolation.processes import family
 
 HANDLERS = """
 import os, sys, time
@@ -67,14 +69,6 @@ def make_worker(tmp_path, monkeypatch):
         worker.close()
 
 
-def family(pid):
-    """The process and all below it, as this side numbers them."""
-    found = [pid]
-    for one in found:
-        found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
-    return found
-
-
 def gone(pids):
     for _ in range(100):
         if not any(map(runs, pids)):
@@ -122,11 +116,21 @@ def test_death_exit_and_errors_cost_one_score_each(make_worker):
             "len(bytearray(6 * 2**30)) > 0",
             "[0] * 10**10",
             "open('/dev/stdin').read() and 1",
+            "10**400",
         )
     ]
     failures = [worker.score(request, 5) for request in bad]
     reasons = [failure.reason for failure in failures]
-    assert reasons == ["died", "raised", "raised", *["invalid"] * 3, "raised", "raised", "invalid"]
+    assert reasons == [
+        "died",
+        "raised",
+        "raised",
+        *["invalid"] * 3,
+        "raised",
+        "raised",
+        "invalid",
+        "invalid",
+    ]
     assert "exit status 3" in failures[0].message
     assert worker.score({"do": "score", "x": 0.5}, 5) == 0.5
 
@@ -178,7 +182,12 @@ def test_a_child_cannot_write_connect_or_signal_outside(make_worker, tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("kept")
     server = socket.create_server(("127.0.0.1", 0))
+    path = tmp_path / "socket"
+    service = socket.socket(socket.AF_UNIX)
+    service.bind(str(path))
+    service.listen()
     tries = (
+        f"__import__('socket').socket(1).connect({str(path)!r})",
         f"open({str(kept)!r}, 'w')",
         f"os.remove({str(kept)!r})",
         f"os.truncate({str(kept)!r}, 0)",
@@ -194,7 +203,10 @@ def test_a_child_cannot_write_connect_or_signal_outside(make_worker, tmp_path):
     assert worker.call({"do": "eval", "x": f"open({str(kept)!r}).read()"}, 5) == "kept"
     own = "__import__('tempfile').TemporaryFile().write(b'own')"
     assert worker.call({"do": "eval", "x": own}, 5) == 3
+    pair = "[s.close() for s in __import__('socket').socketpair()] and 1"  # which asyncio needs
+    assert worker.call({"do": "eval", "x": pair}, 5) == 1
     server.close()
+    service.close()
 
 
 def test_what_is_allowed_beyond_that(make_worker, tmp_path):
@@ -219,3 +231,22 @@ def test_answers_that_are_none_cost_their_call(make_worker):
         assert worker.call({"do": "echo", "x": do}, 5) == do
     assert worker.call({"do": "fork both"}, 5) == 1
     assert worker.call({"do": "echo", "x": "one answer"}, 5) == "one answer"
+
+
+def test_a_child_that_cannot_start_again_is_a_failure(make_worker, tmp_path):
+    worker = make_worker()
+    assert worker.score({"do": "score", "x": 0.5}, 5) == 0.5
+    (tmp_path / "handlers_of_the_test.py").write_text("raise OSError('gone')")
+    assert worker.score({"do": "die"}, 5).reason == "died"
+    failure = worker.score({"do": "score", "x": 0.5}, 5)
+    assert (failure.reason, "OSError: gone" in failure.message) == ("died", True)
+
+
+def test_the_number_of_processes_is_the_namespace_s(make_worker):
+    """Outside of one it would be all of the user's, threads included."""
+    worker = make_worker()
+    worker.start()
+    limit = "__import__('resource').getrlimit(__import__('resource').RLIMIT_NPROC)[0]"
+    found = worker.call({"do": "eval", "x": limit}, 5)
+    own = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    assert found == (own if "processes" in worker.missing else 256)

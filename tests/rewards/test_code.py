@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 
 import pytest
 
 from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.isolation.worker import Worker
 from lowmem_grpo.rewards import load_rewards, score
 from lowmem_grpo.rewards.code import make_runner, program_of, read_tests
-from lowmem_grpo.tasks import load_task
+from lowmem_grpo.tasks import Problem, load_task
+from tests.isolation.processes import family
 
 ADD = "def add(a, b):\n    return a + b\n"
 ASSERTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
@@ -34,10 +36,11 @@ def passed(run, program, cell=ASSERTS):
         ("def add(a, b", 0.0),
         ("", 0.0),
         ("\x00", 0.0),
-        # Early ends, lost asserts, and a test that is told what it wants to hear.
+        # Early ends, and a look for what says that all was run.
         ("import sys; sys.exit(0)", 0.0),
         ("import os; os._exit(0)", 0.0),
-        ("class Yes:\n    def __eq__(self, o): return True\ndef add(a, b): exit()", 0.0),
+        ("import __main__ as m, os; os.write(m.descriptor, m.word.encode()); os._exit(0)", 0.0),
+        ("def add(a, b): exit()", 0.0),
         ("while True: pass", 0.0),
     ],
 )
@@ -59,12 +62,29 @@ def test_input_and_output(run):
     assert passed(run, program, json.dumps(cell)) == 1.0  # as a CSV has it
 
 
-def test_what_a_program_starts_and_says_is_gone_with_it(run, tmp_path, monkeypatch):
+LEAVES = """import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0: time.sleep(1000)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_what_a_program_starts_and_says_is_gone_with_it(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hidden")
-    starts = "import subprocess; subprocess.Popen(['sleep', '1000'])\n" + ADD
-    assert passed(run, starts) == 1.0
+    worker = Worker("lowmem_grpo.rewards.code:make_runner", {"limit_s": 5.0})
+    worker.start()
+    before = len(family(worker.pid))
+    assert worker.score({"program": LEAVES + ADD, "tests": read_tests(ASSERTS)}, 20) == 1.0
+    if "processes" not in worker.missing:
+        ended = time.monotonic() + 5  # until they are waited for
+        while len(family(worker.pid)) > before and time.monotonic() < ended:
+            time.sleep(0.05)
+        assert len(family(worker.pid)) == before
     told = f"import os\nif 'SECRET_TOKEN' in os.environ or os.listdir('.'): 1 / 0\n{ADD}"
-    assert passed(run, told) == 1.0
+    assert worker.score({"program": told, "tests": read_tests(ASSERTS)}, 20) == 1.0
+    worker.close()
 
 
 def test_the_last_block_of_a_completion_is_the_program():
@@ -96,7 +116,9 @@ def test_as_a_reward_of_a_task(tmp_path):
     if "files" not in rewards[0].function._worker.missing:
         assert found.total == [0.0, 0.0]
         assert kept.read_text() == "kept"
-    assert os.path.exists(path)
+    other = Problem("other", (), "-", {})
+    (failure,) = rewards[0].function(completions=["x"], problems=[other])
+    assert "finds no tests in None" in failure.message
     for spec, says in (
         ("code:column=test", "did you mean 'tests'"),
         ("code:timeout=x", "timeout=x"),

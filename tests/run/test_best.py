@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lowmem_grpo.run.best import Best
 from lowmem_grpo.run.directory import RunDirectory
+from lowmem_grpo.sections import EvalConfig
 from tests.runs import call, train
 
 
@@ -22,25 +23,34 @@ class Policy(SimpleNamespace):
         (directory / "adapter_config.json").write_text("{}")
 
 
+def like(metric, **settings):
+    return EvalConfig(metric_for_best=metric, every=1, **settings)
+
+
 def kept(run):
     return load_file(run / "best/adapter_model.safetensors")["w"].item()
 
 
 def test_the_best_one_is_kept_also_across_a_resume(tmp_path):
     with RunDirectory(tmp_path / "run", resume=False, overwrite=False) as run:
-        best = Best(run, "strict_accuracy")
+        best = Best(run, like("strict_accuracy"), 0)
         for step, value in enumerate([0.2, 0.5, 0.5, 0.4]):
             offered = best.offer(step, {"strict_accuracy": value}, Policy(step=step), "base")
             assert offered == (step < 2)
         assert kept(run.path) == 1.0
-        again = Best(run, "strict_accuracy")
+        again = Best(run, like("strict_accuracy"), 4)
         assert not again.offer(4, {"strict_accuracy": 0.5}, Policy(step=4), "base")
         assert again.offer(5, {"strict_accuracy": 0.6}, Policy(step=5), "base")
         assert kept(run.path) == 5.0
         assert sorted(p.name for p in run.path.glob(".*")) == []
-        other = Best(run, "lenient_accuracy")  # what was best by another metric says nothing
+        # What was kept after step 5 is not there yet in a run that is at 4.
+        behind = Best(run, like("strict_accuracy"), 4)
+        assert behind.offer(5, {"strict_accuracy": 0.1}, Policy(step=5), "base")
+        more = Best(run, like("strict_accuracy", num_problems=500), 9)  # another evaluation
+        assert more.offer(9, {"strict_accuracy": 0.05}, Policy(step=9), "base")
+        other = Best(run, like("lenient_accuracy"), 9)  # another metric
         assert other.offer(6, {"lenient_accuracy": 0.1}, Policy(step=6), "base")
-        assert not Best(run, None).offer(7, {}, None, "")
+        assert not Best(run, EvalConfig(), 9).offer(7, {}, None, "")
 
 
 def test_a_run_keeps_its_best_adapter_and_commands_find_it(tiny_model_dir, tmp_path):
