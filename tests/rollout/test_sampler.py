@@ -145,7 +145,7 @@ def test_recorded_log_probs_are_the_trainers(policy, temperature, minimum):
         Group(
             problem,
             request.prompt_ids,
-            [Rollout(c.ids, c.logprobs, "length", "", None, c.entropies) for c in completions],
+            [Rollout(c.ids, c.logprobs, "length", "", entropies=c.entropies) for c in completions],
             advantages=[1.0] * len(completions),
         )
         for request, completions in zip(requests, run(policy, requests, sampling), strict=True)

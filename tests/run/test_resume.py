@@ -138,8 +138,8 @@ def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(
     ("act", "says"),
     [
         ("raise KeyError('colour')", "KeyError: 'colour'"),
-        ("return []", "0 values for 1 completions"),
-        ("return [float('nan')] * len(completions)", "nan"),
+        pytest.param("return []", "0 values for 1 completions", marks=pytest.mark.slow),
+        pytest.param("return [float('nan')] * len(completions)", "nan", marks=pytest.mark.slow),
     ],
 )
 def test_a_reward_that_is_to_stop_the_run_costs_no_step(tiny_model_dir, tmp_path, act, says):
