@@ -24,6 +24,7 @@ import ctypes
 import errno
 import os
 import platform
+import shutil
 import signal
 import struct
 import sys
@@ -67,11 +68,11 @@ class Limits:
     writable: tuple[str, ...] = ()
 
 
-def enter_namespaces(network: bool) -> list[str]:
+def enter_namespaces(network: bool, directory: str) -> list[str]:
     """Go on in a child of this process, the second one of a namespace whose first ends with it.
     Returns what is missing. Call it before there are threads.
 
-    This process stays, waits, and ends as its child does.
+    This process stays, waits, removes `directory`, and ends as its child does.
     """
     alone, offline = _CLONE_NEWUSER | _CLONE_NEWPID, _CLONE_NEWNET
     kinds = [alone] if network else [alone | offline, alone]
@@ -83,7 +84,7 @@ def enter_namespaces(network: bool) -> list[str]:
     _limit("RLIMIT_NPROC", _MOST_PROCESSES)  # which outside of a namespace counts all of the user's
     first = os.fork()
     if first:
-        _wait_for(first)
+        _wait_for(first, directory)
     # The first process of the namespace: when it ends, the kernel ends all the others.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     second = os.fork()
@@ -216,11 +217,13 @@ def _unshare(kind: int) -> None:
             file.write(text)
 
 
-def _wait_for(child: int) -> None:
+def _wait_for(child: int, directory: str | None = None) -> None:
     """Stay until that child has ended, and end as it did; take in what is left without a parent."""
     os.closerange(0, os.sysconf("SC_OPEN_MAX"))  # pipes end with the child, and not with us
     while True:
         pid, status = os.wait()
         if pid == child:
+            if directory is not None:  # whoever made it may be gone
+                shutil.rmtree(directory, ignore_errors=True)
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)

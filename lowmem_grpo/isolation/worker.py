@@ -260,7 +260,7 @@ def serve(target: str, arguments: dict[str, Any], limits: dict[str, Any], direct
     until the pipe closes.
     """
     within = Limits(**limits)
-    missing = enter_namespaces(within.network)
+    missing = enter_namespaces(within.network, directory)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):

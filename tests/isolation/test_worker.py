@@ -168,12 +168,16 @@ def test_no_child_survives_its_worker_or_its_parent(make_worker):
     script = (
         "import os; from lowmem_grpo.isolation.worker import Worker; "
         "w = Worker('handlers_of_the_test:make', {}); w.start(); print(w.pid, flush=True); "
-        "os._exit(1)"
+        "own = {'do': 'eval', 'x': 'os.environ[\"TMPDIR\"]'}; "
+        "print(w.call(own, 5), flush=True); os._exit(1)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = [sys.executable, "-c", script]
     out = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
-    assert gone([int(out.stdout)])
+    pid, directory = out.stdout.split()
+    assert gone([int(pid)])
+    if "processes" not in worker.missing:
+        assert not Path(directory).exists()
 
 
 def test_a_child_cannot_write_connect_or_signal_outside(make_worker, tmp_path):
