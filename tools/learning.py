@@ -3,7 +3,7 @@ of reasoning-gym, and the curves.
 
     python tools/learning.py --output runs/learning --picture docs/generators.png
 
-trains what is not there yet, one after another (10 to 20 minutes each on two cores), prints a table
+trains what is not there yet, one after another, which takes a while on two cores, prints a table
 and draws the curves. Runs that are there are shown as they are.
 """
 
