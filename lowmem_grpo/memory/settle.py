@@ -135,8 +135,8 @@ class Search:
     # --- What fits, as a share of the room that there is: up to 1 does
 
     def rows_share(self) -> float:
-        """Of the sampler's largest wave by itself."""
-        return self._share(wave(self.config))
+        """Of the sampler's largest wave by itself; a pool's groups are not sampled."""
+        return 0.0 if self.config.rollout.pool else self._share(wave(self.config))
 
     def evaluation_share(self) -> float:
         """Of the largest wave of an evaluation by itself."""

@@ -298,3 +298,15 @@ def test_the_search_finds_the_last_that_fits(limit):
     assert len(asked) < 25
     assert _last_below_one(lambda value: 0.5, 1, 100) == 100
     assert _last_below_one(lambda value: 2.0, 1, 100) is None
+
+
+def test_a_pool_s_groups_need_no_room_to_be_sampled(model):
+    """Eight completions that no wave of the sampler holds on that card."""
+    where = card(400)
+    sampled = configured(model, rollout__max_completion_length=3500, grpo__old_policy="base")
+    pooled = sampled.settled({"rollout.pool": "pool"}, "test")
+    (share, none) = (Search(planner(model, where), c).rows_share() for c in (sampled, pooled))
+    assert share > 0.0 == none
+    config, plan = settle(Planner(pooled, where), pooled)
+    assert "rollout" not in [phase.name for phase in plan.phases]
+    assert config.memory.rollout_batch_size == 4 * 8
