@@ -21,7 +21,7 @@ from lowmem_grpo.grpo.update import Scoring, score_reference
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import read_group
-from lowmem_grpo.run.directory import read_lines, write_atomic
+from lowmem_grpo.run.directory import read_document, read_lines, write_atomic
 from lowmem_grpo.sections import TaskConfig
 from lowmem_grpo.setup import sampling_of
 from lowmem_grpo.tasks import Task
@@ -65,7 +65,7 @@ def open_pool(config: Config) -> Pool | None:
     if config.rollout.pool is None:
         return None
     path = Path(config.rollout.pool)
-    document = _read(path)
+    document = read_document(path / "pool.json", FORMAT, ConfigError)
     _check(path, document, config)
     pool = Pool(path, config.task.seed)
     if len(pool) != document["groups"]:
@@ -111,7 +111,7 @@ def fill(
     """
     file = path / "groups.jsonl"
     if path.exists() and any(path.iterdir()):
-        _check(path, _read(path), config)
+        _check(path, read_document(path / "pool.json", FORMAT, ConfigError), config)
     path.mkdir(parents=True, exist_ok=True)
     each = config.rollout.problems_per_step
     there = [json.dumps(line) + "\n" for line in read_lines(file)] if file.is_file() else []
@@ -159,17 +159,6 @@ def _document(config: Config, groups: int) -> dict:
     sections = config.model_dump(mode="json")
     made = {f"{s}.{key}": sections[s][key] for s, keys in _MADE_WITH.items() for key in keys}
     return {"format": FORMAT, "groups": groups, "made_with": made}
-
-
-def _read(path: Path) -> dict:
-    try:
-        document = json.loads((path / "pool.json").read_text(encoding="utf-8"))
-        version = document["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no pool of groups: {error}") from error
-    if version != FORMAT:
-        raise ConfigError(f"{path} has pool format {version}, this version reads {FORMAT}")
-    return document
 
 
 def _check(path: Path, document: dict, config: Config) -> None:

@@ -73,9 +73,8 @@ class ObjectiveInputs:
     `weights`, and `ref_logprobs`, which may be None where beta is 0 or the divergence is exact:
     `divergences` (with gradient) are then there. `lengths`: tokens of each rollout, in order; None
     where nothing is asked of a rollout as a whole. `sampler_logprobs`: where `old_logprobs` are not
-    the sampler's own. `kept` (bool): the tokens that have a surrogate,
-    None for all. For an entropy bonus: `entropies` (with gradient) and how many `tokens` of the
-    step have a surrogate.
+    the sampler's own. `kept` (bool): the tokens that have a surrogate, None for all. For an entropy
+    bonus: `entropies` (with gradient) and how many `tokens` of the step have a surrogate.
     """
 
     logprobs_N: torch.Tensor

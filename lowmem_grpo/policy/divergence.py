@@ -50,7 +50,7 @@ def token_divergence(
     `hidden_ND` and `reference_ND` are the last hidden states of the two, of the same floating dtype
     and device as `weight_VD`, which may be anything that gives tiles of rows (ends.py). In rows
     where `forbidden_N` (bool) is true both give the tokens `forbidden_ids` probability zero. Up to
-    rounding (1e-6 for logits of ten) it is never negative, and it is 0 where the rows are equal.
+    rounding it is never negative, and it is 0 where the rows are equal.
 
     Raises ValueError for a head or a reference that requires gradients, a temperature that is not
     positive, or a shape mismatch.

@@ -21,7 +21,13 @@ from lowmem_grpo.curriculum import Rates
 from lowmem_grpo.errors import ConfigError, ModelError
 from lowmem_grpo.grpo.optimizer import load_optimizer_state, optimizer_state
 from lowmem_grpo.rollout.types import Group, Rollout
-from lowmem_grpo.run.directory import RunDirectory, replace_directory, sync_directory, write_atomic
+from lowmem_grpo.run.directory import (
+    RunDirectory,
+    read_document,
+    replace_directory,
+    sync_directory,
+    write_atomic,
+)
 from lowmem_grpo.tasks.base import Problem
 
 __all__ = [
@@ -159,14 +165,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint. Raises ModelError for one that cannot be read."""
-    try:
-        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        version = document["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read {path / 'state.json'}: {error}") from error
-    if version != FORMAT:
-        raise ModelError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
-    return document
+    return read_document(path / "state.json", FORMAT, ModelError)
 
 
 def check_same_mathematics(path: Path, config) -> None:

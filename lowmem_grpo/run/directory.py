@@ -14,11 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.errors import ConfigError, UserError
 
 __all__ = [
-    "RunDirectory", "check_directory", "read_lines", "replace_directory", "sync_directory",
-    "write_atomic",
+    "RunDirectory", "check_directory", "read_document", "read_lines", "replace_directory",
+    "sync_directory", "write_atomic",
 ]  # fmt: skip
 
 
@@ -114,6 +114,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
+
+
+def read_document(path: Path, version: int, error: type[UserError]) -> dict[str, Any]:
+    """A JSON object with a "format", which has to be `version`. Raises `error`."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = document["format"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise error(f"cannot read {path}: {problem}") from problem
+    if found != version:
+        raise error(f"{path} has format {found}, this version reads {version}")
+    return document
 
 
 def write_atomic(path: Path, text: str) -> None:

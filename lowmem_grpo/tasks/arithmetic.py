@@ -18,12 +18,12 @@ from lowmem_grpo.tasks.base import (
     Task,
     TaskOptions,
     chat,
+    numbers_held_out,
     parse_options,
     stable_hash,
     whole_number,
 )
 
-HELD_OUT_ONE_IN = 5
 # Up to this many problems the held-out ones are listed in full; above, draws seldom repeat.
 _LISTABLE = 50_000
 _MAX_TERMS = 8
@@ -54,7 +54,7 @@ class Arithmetic(Task):
         attempt = 0
         while True:
             operands, ops = self._draw("train", self._seed, index, attempt)
-            if not _held_out(operands):
+            if not numbers_held_out("arithmetic", operands):
                 return self._problem(operands, ops)
             attempt += 1
 
@@ -89,7 +89,7 @@ class Arithmetic(Task):
         held = [
             (operands, ops)
             for operands in product(numbers, repeat=self._terms)
-            if _held_out(operands)
+            if numbers_held_out("arithmetic", operands)
             for ops in product(self._ops, repeat=self._terms - 1)
         ]
         held.sort(key=lambda pair: stable_hash("order", *pair[0], *pair[1]))
@@ -102,7 +102,7 @@ class Arithmetic(Task):
         # are asked for than there are; then the list ends short, as `Task` says.
         while len(found) < count and position < 100 * count:
             operands, ops = self._draw("eval", position)
-            if _held_out(operands):
+            if numbers_held_out("arithmetic", operands):
                 found.setdefault((operands, ops), self._problem(operands, ops))
             position += 1
         return list(found.values())
@@ -117,10 +117,6 @@ class Arithmetic(Task):
             answer=str(_value(operands, ops)),
             fields={"expression": expression, "operands": list(operands), "ops": list(ops)},
         )
-
-
-def _held_out(operands: tuple[int, ...]) -> bool:
-    return stable_hash("arithmetic held out", *sorted(operands)) % HELD_OUT_ONE_IN == 0
 
 
 def _value(operands: tuple[int, ...], ops: tuple[str, ...]) -> int:

@@ -19,6 +19,8 @@ from typing import Any
 from lowmem_grpo.errors import TaskError, nearest
 from lowmem_grpo.isolation.worker import Failure
 
+HELD_OUT_ONE_IN = 5
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -115,6 +117,13 @@ def chat(question: str, system_prompt: str | None) -> tuple[dict[str, str], ...]
     """`question` as the messages of a chat, after the system prompt if there is one."""
     user = {"role": "user", "content": question}
     return ({"role": "system", "content": system_prompt}, user) if system_prompt else (user,)
+
+
+def numbers_held_out(task: str, numbers: Iterable[int]) -> bool:
+    """Whether problems of a generated task that are made of these numbers are held out, in whatever
+    order they stand: one set in `HELD_OUT_ONE_IN` is.
+    """
+    return stable_hash(f"{task} held out", *sorted(numbers)) % HELD_OUT_ONE_IN == 0
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ One set of numbers in five is held out, by a hash of the numbers in sorted order
 seed brings it into training.
 
 The task's own score is 1.0 for a right expression, and 0.1 for one in the tags that uses the right
-numbers and misses the target: a small model finds the form long before its first solution.
+numbers and misses the target: form has its reward where no solution is found yet.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lowmem_grpo.tasks.base import (
     Task,
     TaskOptions,
     chat,
+    numbers_held_out,
     parse_options,
     stable_hash,
     whole_number,
 )
 from lowmem_grpo.tasks.expressions import Expression, last_expression, parse_expression
 
-HELD_OUT_ONE_IN = 5
 FORM_SCORE = 0.1
 _RANGE = re.compile(r"([2-6])(?:-([2-6]))?")
 # Draws without a new problem that say that there are no more.
@@ -71,7 +71,7 @@ class Countdown(Task):
         attempt = 0
         while True:
             drawn = self._draw("train", self._seed, index, attempt)
-            if drawn and not _held_out(drawn.numbers):
+            if drawn and not numbers_held_out("countdown", drawn.numbers):
                 return self._problem(drawn)
             attempt += 1
 
@@ -82,7 +82,7 @@ class Countdown(Task):
         while len(found) < count and position - last < _STALL:
             drawn = self._draw("eval", position)
             position += 1
-            if drawn and _held_out(drawn.numbers):
+            if drawn and numbers_held_out("countdown", drawn.numbers):
                 key = (*sorted(drawn.numbers), drawn.target)
                 if key not in found:
                     found[key], last = self._problem(drawn), position
@@ -149,10 +149,6 @@ def _join(larger: tuple[int, str], smaller: tuple[int, str], op: int) -> tuple[i
         return None
     value = (a + b, a - b, a * b, a // b)[op]
     return value, f"({first} {'+-*/'[op]} {second})"
-
-
-def _held_out(numbers: tuple[int, ...]) -> bool:
-    return stable_hash("countdown held out", *sorted(numbers)) % HELD_OUT_ONE_IN == 0
 
 
 def _tagged(problem: Problem, text: str) -> Expression | None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_grpo.policy.divergence import naive_token_divergence, token_divergence
+from tests.policy.heads import UGLY_HEADS
 from tests.policy.test_logprobs import LiveBytes
 
 TRUTH = torch.float64
@@ -59,15 +60,7 @@ def test_the_definition_is_torch_s_own():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    rows=st.integers(1, 9),
-    vocab=st.integers(2, 40),
-    tile_tokens=st.integers(1, 12),
-    tile_vocab=st.integers(1, 50),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    bias=st.booleans(),
-    data=st.data(),
-)
+@given(**UGLY_HEADS)
 def test_temperature_bias_and_forbidden_ids(
     rows, vocab, tile_tokens, tile_vocab, temperature, bias, data
 ):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_grpo.policy.logprobs import logits_tile, naive_token_logprobs, token_logprobs
+from tests.policy.heads import UGLY_HEADS
 
 TRUTH = torch.float64
 
@@ -62,15 +63,7 @@ def test_tiles_of_any_size_give_the_definition(shape, tiles):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    rows=st.integers(1, 9),
-    vocab=st.integers(2, 40),
-    tile_tokens=st.integers(1, 12),
-    tile_vocab=st.integers(1, 50),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    bias=st.booleans(),
-    data=st.data(),
-)
+@given(**UGLY_HEADS)
 def test_temperature_bias_and_forbidden_ids(
     rows, vocab, tile_tokens, tile_vocab, temperature, bias, data
 ):

@@ -55,6 +55,17 @@ DEEDS = {
     "breaks builtins": "import builtins; builtins.len = builtins.isinstance = None",
     "ignores signals": "signal.signal(signal.SIGALRM, signal.SIG_IGN)\ntime.sleep(1000)",
 }
+# The deeds that reach beyond their process, by the limit that stops them.
+STOPPED_BY = {
+    "processes": (
+        *("forks and the child hangs", "forks often", "leaves a daemon"),
+        *("kills its parent", "kills its group"),
+    ),
+    "files": (
+        *("deletes files", "truncates files", "writes files", "renames files"),
+        "rewrites its own file",
+    ),
+}
 WAYS = {
     "always": "{deed}",
     "alone": "if len(completions) == 1:\n{deed}",
