@@ -1,0 +1,104 @@
+"""A run that is killed, at any moment, and resumed ends like one that was not, to the bit."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.faults.harness import KILL, TEAR, assert_same_ending, shim
+
+KILLED = -signal.SIGKILL
+
+
+def go_on(zygote, model, run, **how):
+    """What a person does whose run was killed: resume it, or where nothing had begun start it."""
+    begun = (run / "config.toml").is_file()
+    return zygote.train(model, run, *(["--resume"] if begun else []), **how)
+
+
+def assert_readers_understand(zygote, run, tmp_path):
+    """Commands that read a run find something whole, or say in a line that there is nothing yet."""
+    copy = tmp_path / f"{run.name}-read"
+    if run.is_dir():  # it may not have come to that
+        shutil.copytree(run, copy)  # a report is written into its run
+    run = copy
+    for command in (
+        ["eval", run, "--json", "--num-problems", "2"],
+        ["memory", "report", run, "--json"],
+        ["export", run, "--output", tmp_path / f"{run.name}-exported"],
+    ):
+        code, said = zygote.call(*command)
+        if code == 0:
+            continue
+        assert code == 2, (command, said)
+        assert len(said.splitlines()) == 1, (command, said)
+        assert "--debug" not in said, (command, said)
+        assert str(run) in said, (command, said)
+
+
+def killed_at(zygote, model, run, event, action=KILL):
+    child = zygote.train(model, run, shim=shim(run, event, action))
+    assert child.wait() == KILLED, child.words()
+
+
+def test_killed_between_two_operations_on_files(zygote, whole, tiny_model_dir, tmp_path):
+    """A few of those that the slow test goes through: as many in each part of the run."""
+    count, chosen = 4, random.Random(0)
+    part = len(whole.events()) / count
+    for i in range(count):
+        event, run = 1 + int(part * (i + chosen.random())), tmp_path / f"run-{i}"
+        killed_at(zygote, tiny_model_dir, run, event, chosen.choice([KILL, TEAR]))
+        child = go_on(zygote, tiny_model_dir, run)
+        assert child.wait() == 0, (event, child.words())
+        assert_same_ending(whole.run, run)
+
+
+@pytest.mark.slow
+def test_killed_before_every_operation_on_files(warm_zygote, whole, tiny_model_dir, tmp_path):
+    zygote, wrong = warm_zygote, []
+    events = whole.events()
+    # Before an operation, but where the one before it changed nothing; and in the middle of writes.
+    before = ["", *events]
+    moments = [(i, KILL) for i in range(1, len(before)) if before[i - 1][:5] != "fsync"]
+    moments += [(i, TEAR) for i, event in enumerate(events, 1) if event[:5] == "write"]
+    for event, action in moments:
+        run = tmp_path / f"run-{event}-{action}"
+        try:
+            killed_at(zygote, tiny_model_dir, run, event, action)
+            assert_readers_understand(zygote, run, tmp_path)
+            child = go_on(zygote, tiny_model_dir, run)
+            assert child.wait() == 0, child.words()
+            assert_same_ending(whole.run, run)
+        except AssertionError as error:
+            wrong.append((events[event - 1], action, str(error)[:300]))
+    print(f"{len(moments) - len(wrong)} of {len(moments)} end bit-identical")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.slow
+def test_a_hundred_runs_killed_at_random_moments(warm_zygote, whole, tiny_model_dir, tmp_path):
+    zygote = warm_zygote
+    chosen, kills, again = random.Random(0), 0, 0
+    for i in range(100):
+        run = tmp_path / f"run-{i}"
+        left, hits = chosen.choice([1, 1, 2, 3]), 0
+        while left:
+            child = go_on(zygote, tiny_model_dir, run)
+            time.sleep(chosen.uniform(0, whole.seconds))
+            child.send(signal.SIGKILL)
+            code = child.wait()
+            if code == 0:  # it was faster: once more, from the start if it was never hit
+                if hits:
+                    break
+                run = tmp_path / f"run-{i}-{time.monotonic_ns()}"
+                continue
+            assert code == KILLED, child.words()
+            left, hits = left - 1, hits + 1
+        kills, again = kills + hits, again + (hits > 1)
+        child = go_on(zygote, tiny_model_dir, run)
+        assert child.wait() == 0, child.words()
+        assert_same_ending(whole.run, run)
+    print(json.dumps({"runs": 100, "identical": 100, "kills": kills, "more_than_once": again}))

@@ -1,0 +1,124 @@
+"""Runs that are asked to stop, made to wait, or shared; and what a killed one leaves running."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+
+from tests.faults.harness import SIGNAL, assert_same_ending, shim
+from tests.isolation.processes import family, gone
+
+STOPPED = 4
+
+
+def stopped_in(tmp_path, phase, where="inside"):
+    """The run stops, as a program that is debugged does, when it is there for the first time."""
+    point = {"phase": phase, "where": where, "turn": 1, "signal": "SIGSTOP"}
+    return {"log": str(tmp_path / "phases"), "point": point}
+
+
+def test_a_second_process_waits_until_the_first_is_gone(zygote, whole, tiny_model_dir, tmp_path):
+    run = tmp_path / "run"
+    first = zygote.train(tiny_model_dir, run, phases=stopped_in(tmp_path, "update"))
+    assert first.wait() == signal.SIGSTOP
+    for how in ("--resume", "--overwrite"):
+        second = zygote.train(tiny_model_dir, run, how)
+        assert second.wait() == 2
+        assert f"another process is training in {run}" in second.words()
+    first.send(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    zygote.resume(tiny_model_dir, run)  # the lock was the process's, and went with it
+    assert_same_ending(whole.run, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_at_random_moments(zygote, whole, tiny_model_dir, tmp_path, number):
+    chosen, codes = random.Random(0), []
+    for i in range(30):
+        run = tmp_path / f"run-{i}"
+        child = zygote.train(tiny_model_dir, run)
+        while not (run / "config.toml").is_file():  # before that there is nothing to stop
+            time.sleep(0.01)
+        time.sleep(chosen.uniform(0, 0.5 * whole.seconds))
+        child.send(number)
+        codes.append(child.wait())
+        assert codes[-1] in (0, STOPPED), child.words()
+        assert "Traceback" not in child.words()
+        zygote.resume(tiny_model_dir, run)
+        assert_same_ending(whole.run, run)
+    print(json.dumps({"signal": number.name, "runs": 30, "stopped": codes.count(STOPPED)}))
+    assert codes.count(STOPPED) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [False, True])
+def test_asked_to_stop_while_it_works_on_files(zygote, whole, tiny_model_dir, tmp_path, twice):
+    """Every fifth operation: the run ends in order; where it is asked again at each operation that
+    follows, at once. Nothing is half done in either case.
+    """
+    codes = []
+    events = whole.events()
+    for event in range(1 + events.index("rename /config.toml"), len(events), 5):
+        run = tmp_path / f"run-{event}"
+        faulty = shim(run, event, SIGNAL, number=int(signal.SIGTERM), lasting=twice)
+        child = zygote.train(tiny_model_dir, run, shim=faulty)
+        codes.append(child.wait())
+        about = events[event - 1], codes[-1], child.words()
+        # The second of two signals is what ends a program whose end is not worth waiting for.
+        assert codes[-1] in ((1,) if twice else (0, STOPPED)), about
+        assert "Traceback" not in child.words(), about
+        zygote.resume(tiny_model_dir, run)
+        assert_same_ending(whole.run, run)
+    print(json.dumps({"twice": twice, "runs": len(codes), "codes": sorted(set(codes))}))
+
+
+@pytest.mark.slow
+def test_made_to_wait_at_random_moments(zygote, whole, tiny_model_dir, tmp_path):
+    chosen = random.Random(0)
+    for i in range(10):
+        run = tmp_path / f"run-{i}"
+        child = zygote.train(tiny_model_dir, run)
+        time.sleep(chosen.uniform(0, whole.seconds))
+        child.send(signal.SIGSTOP)
+        time.sleep(0.3)
+        child.send(signal.SIGCONT)
+        code = child.wait()
+        if code == signal.SIGSTOP:  # the wait tells of both
+            code = child.wait()
+        assert code == 0, child.words()
+        assert_same_ending(whole.run, run)
+
+
+REWARD = """
+import time
+def slow(completions, **fields):
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["begin", "end", "busy"])
+def test_a_killed_trainer_leaves_no_worker(zygote, tiny_model_dir, tmp_path, where):
+    """Before, after and while its reward runs."""
+    (tmp_path / "reward.py").write_text(
+        REWARD
+        if where == "busy"
+        else "def slow(completions, **fields): return [0.0] * len(completions)"
+    )
+    phases = stopped_in(tmp_path, "reward", "end" if where == "end" else "begin")
+    arguments = ["--reward", f"{tmp_path}/reward.py:slow"]
+    child = zygote.train(tiny_model_dir, tmp_path / "run", *arguments, phases=phases)
+    assert child.wait() == signal.SIGSTOP
+    if where == "busy":
+        child.send(signal.SIGCONT)
+        time.sleep(1)
+    workers = family(child.pid)[1:]
+    assert workers or where == "begin"
+    child.send(signal.SIGKILL)
+    while (code := child.wait()) == signal.SIGSTOP:
+        pass
+    assert code == -signal.SIGKILL
+    assert gone(workers)
