@@ -108,7 +108,7 @@ class Checkpoints:
             partial = target.with_name(f".{target.name}{PARTIAL}")
             try:
                 self._write(partial, state, config)
-            except (OSError, SafetensorError):
+            except OSError:
                 shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
                 raise
             replace_directory(partial, target)
@@ -209,7 +209,10 @@ def save_final(directory: Path, policy, base_name: str, step: int) -> None:
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, {"format": "pt"})
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     sync_file(path)
 
 

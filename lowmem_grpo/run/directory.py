@@ -5,6 +5,7 @@ A file of a run is whole or not there: it is written beside its name, synced, an
 the run is resumed. Links are not followed: a directory that somebody else made may have some.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 from lowmem_grpo.errors import ConfigError, DamageError, UserError
 
 __all__ = [
-    "RunDirectory", "check_directory", "read_document", "read_lines", "replace_directory",
+    "RunDirectory", "check_directory", "naming", "read_document", "read_lines", "replace_directory",
     "sync_directory", "sync_file", "write_atomic",
 ]  # fmt: skip
 
@@ -47,10 +48,14 @@ class RunDirectory:
         self._replaces = taken and overwrite and not resume
 
     def begin(self) -> None:
-        """A run begins: what `overwrite` replaces is removed, and not before."""
+        """A run begins: what `overwrite` replaces is removed, and not before; so is what a process
+        left half-written that was killed.
+        """
         if self._replaces:
             self._clear()
             self._replaces = False
+        for left in self.path.glob(f".*{PARTIAL}"):
+            _remove(left)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -66,7 +71,8 @@ class RunDirectory:
         """Add JSON objects as lines to a file."""
         lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with open(os.open(self.path / name, flags, 0o666), "a", encoding="utf-8") as file:
+        path = self.path / name
+        with naming(path), open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -97,7 +103,11 @@ class RunDirectory:
         for entry in entries:
             if entry.name == LOCK:
                 continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
@@ -153,11 +163,22 @@ def read_document(path: Path, version: int, error: type[UserError]) -> dict[str,
     return document
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError name the file: those of writing and syncing name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all, surviving a crash right after."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     partial.unlink(missing_ok=True)  # of a process that was killed; or a link
-    with partial.open("x", encoding="utf-8") as file:
+    with naming(path), partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -195,7 +216,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def sync_file(path: Path) -> None:
     """Make a file's contents durable, which something else wrote."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -204,6 +225,7 @@ def sync_directory(path: Path) -> None:
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with naming(path):
+                os.fsync(handle)
         finally:
             os.close(handle)

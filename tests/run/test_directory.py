@@ -36,6 +36,16 @@ def test_overwrite_clears_a_run_and_resume_keeps_it(tmp_path):
         assert [p.name for p in run.path.iterdir()] == ["run.lock"]
 
 
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    write_atomic(tmp_path / "config.toml", "a = 1\n")
+    (tmp_path / ".memory.json.partial").write_text("[")
+    (tmp_path / ".best.partial").mkdir()
+    (tmp_path / ".best.partial/adapter_config.json").write_text("{")
+    with open_run(tmp_path, resume=True) as run:
+        run.begin()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.toml", "run.lock"]
+
+
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         open_run(tmp_path, resume=True)
