@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import CHANGE, GROW, LOOK, RUN, Zygote, shim, why_not
+from tests.faults.harness import CHANGE, GROW, LOOK, RUN, Zygote, shim, watching, why_not
 
 
 @dataclass
@@ -62,7 +62,7 @@ def whole(zygote, tiny_model_dir, tmp_path_factory):
         tiny_model_dir,
         here / "run",
         shim=shim(here / "run", kinds=LOOK | GROW | CHANGE, log=str(here / "events")),
-        phases={"log": str(here / "phases"), "point": None},
+        phases=watching(here / "phases"),
     )
     assert child.wait() == 0, child.words()
     seconds = time.monotonic() - start

@@ -21,7 +21,8 @@ from tests.runs import TINY, metrics
 
 __all__ = [
     "FAIL", "KILL", "RUN", "SIGNAL", "TEAR", "Child", "Zygote", "assert_same_ending", "begun",
-    "build_shim", "last_good", "shim", "why_not",
+    "build_shim", "last_good", "repeated", "shim",
+    "watching", "why_not",
 ]  # fmt: skip
 
 COUNT, KILL, TEAR, SIGNAL, FAIL = range(5)
@@ -174,10 +175,27 @@ class Zygote:
         assert child.wait() == 0, child.words()
 
 
+def watching(log: Path, phase: str = "", where: str = "", turn: int = 0, number: int = 0) -> dict:
+    """What `Zygote.start` takes as `phases`: `log` gets them; and the process gets signal `number`
+    when it is at the "begin", at the "end" or "inside" of a phase for the `turn`-th time.
+    """
+    point = {"phase": phase, "where": where, "turn": turn, "number": number}
+    return {"log": str(log), "point": point if phase else None}
+
+
 def begun(log: Path) -> Counter[str]:
     """How often each phase began, of all processes that wrote into the log."""
     lines = [line.split() for line in log.read_text().splitlines()]
     return Counter(phase for where, phase in lines if where == "begin")
+
+
+def repeated(log: Path, whole: Path) -> Counter[str]:
+    """The phases that processes began beyond those of the undisturbed run; an update and its
+    optimizer's step are one.
+    """
+    more = begun(log) - begun(whole)
+    more.pop("optimizer", None)
+    return more
 
 
 def last_good(run: Path) -> Path | None:
@@ -190,7 +208,7 @@ def assert_same_ending(one: Path, other: Path) -> None:
     """Two finished runs have the same files, with the same in them, to the bit; times and memory
     aside.
     """
-    assert _names(one) == _names(other)
+    assert _names(one) == _names(other), set(_names(one)) ^ set(_names(other))
     for name in _names(one):
         mine, theirs = one / name, other / name
         if name.endswith(".safetensors"):

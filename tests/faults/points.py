@@ -8,7 +8,6 @@ import functools
 import importlib
 import inspect
 import os
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ PHASES = {
 
 
 def watch_phases(log: str, point: dict[str, Any] | None) -> None:
-    """Write `begin NAME` and `end NAME` into `log`. `point`: {"phase", "where", "turn", "signal"};
-    the process gets that signal when the phase is there for the `turn`-th time: at its "begin", at
-    its "end", or "inside", which is when some of its tokens are done.
+    """Write `begin NAME` and `end NAME` into `log`. `point`: {"phase", "where", "turn", "number"};
+    the process gets signal `number` when the phase is there for the `turn`-th time: at its "begin",
+    at its "end", or "inside", which is when some of its tokens are done.
     """
     loop = importlib.import_module("lowmem_grpo.train")
     turns: Counter[tuple[str, str]] = Counter()
@@ -43,7 +42,7 @@ def watch_phases(log: str, point: dict[str, Any] | None) -> None:
         if point and [phase, where, turns[phase, where]] == [
             point["phase"], point["where"], point["turn"],
         ]:  # fmt: skip
-            os.kill(os.getpid(), getattr(signal, point["signal"]))
+            os.kill(os.getpid(), point["number"])
 
     for phase, name in PHASES.items():
         function = getattr(loop, name)

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from tests.faults.harness import KILL, TEAR, assert_same_ending, shim
+from tests.faults.harness import KILL, TEAR, assert_same_ending, repeated, shim, watching
 
 KILLED = -signal.SIGKILL
+READ_EVERY = 5  # of the operations; three commands take longer than the run
 
 
 def go_on(zygote, model, run, **how):
@@ -39,8 +40,8 @@ def assert_readers_understand(zygote, run, tmp_path):
         assert str(run) in said, (command, said)
 
 
-def killed_at(zygote, model, run, event, action=KILL):
-    child = zygote.train(model, run, shim=shim(run, event, action))
+def killed_at(zygote, model, run, event, action, log):
+    child = zygote.train(model, run, shim=shim(run, event, action), phases=watching(log))
     assert child.wait() == KILLED, child.words()
 
 
@@ -50,55 +51,69 @@ def test_killed_between_two_operations_on_files(zygote, whole, tiny_model_dir, t
     part = len(whole.events()) / count
     for i in range(count):
         event, run = 1 + int(part * (i + chosen.random())), tmp_path / f"run-{i}"
-        killed_at(zygote, tiny_model_dir, run, event, chosen.choice([KILL, TEAR]))
-        child = go_on(zygote, tiny_model_dir, run)
+        log = tmp_path / f"log-{i}"
+        killed_at(zygote, tiny_model_dir, run, event, chosen.choice([KILL, TEAR]), log)
+        child = go_on(zygote, tiny_model_dir, run, phases=watching(log))
         assert child.wait() == 0, (event, child.words())
         assert_same_ending(whole.run, run)
+        assert repeated(log, whole.phases).total() <= 1
 
 
 @pytest.mark.slow
 def test_killed_before_every_operation_on_files(warm_zygote, whole, tiny_model_dir, tmp_path):
-    zygote, wrong = warm_zygote, []
+    zygote, wrong, most = warm_zygote, [], 0
     events = whole.events()
     # Before an operation, but where the one before it changed nothing; and in the middle of writes.
     before = ["", *events]
     moments = [(i, KILL) for i in range(1, len(before)) if before[i - 1][:5] != "fsync"]
     moments += [(i, TEAR) for i, event in enumerate(events, 1) if event[:5] == "write"]
     for event, action in moments:
-        run = tmp_path / f"run-{event}-{action}"
+        run, log = tmp_path / f"run-{event}-{action}", tmp_path / f"log-{event}-{action}"
         try:
-            killed_at(zygote, tiny_model_dir, run, event, action)
-            assert_readers_understand(zygote, run, tmp_path)
-            child = go_on(zygote, tiny_model_dir, run)
+            killed_at(zygote, tiny_model_dir, run, event, action, log)
+            if event % READ_EVERY == 0:
+                assert_readers_understand(zygote, run, tmp_path)
+            child = go_on(zygote, tiny_model_dir, run, phases=watching(log))
             assert child.wait() == 0, child.words()
             assert_same_ending(whole.run, run)
+            more = repeated(log, whole.phases)
+            assert more.total() <= 1, more
+            most = max(most, more.total())
         except AssertionError as error:
             wrong.append((events[event - 1], action, str(error)[:300]))
-    print(f"{len(moments) - len(wrong)} of {len(moments)} end bit-identical")
+    print(
+        f"{len(moments) - len(wrong)} of {len(moments)} end bit-identical, {most} phases repeated"
+    )
     assert not wrong, "\n".join(map(str, wrong))
 
 
 @pytest.mark.slow
 def test_a_hundred_runs_killed_at_random_moments(warm_zygote, whole, tiny_model_dir, tmp_path):
-    zygote = warm_zygote
-    chosen, kills, again = random.Random(0), 0, 0
+    zygote, chosen = warm_zygote, random.Random(0)
+    kills = again = most = 0
     for i in range(100):
-        run = tmp_path / f"run-{i}"
-        left, hits = chosen.choice([1, 1, 2, 3]), 0
-        while left:
-            child = go_on(zygote, tiny_model_dir, run)
+        run, log = tmp_path / f"run-{i}", tmp_path / f"log-{i}"
+        log.touch()
+        wanted, hits = chosen.choice([1, 1, 2, 3]), 0
+        while hits < wanted:
+            child = go_on(zygote, tiny_model_dir, run, phases=watching(log))
             time.sleep(chosen.uniform(0, whole.seconds))
             child.send(signal.SIGKILL)
             code = child.wait()
-            if code == 0:  # it was faster: once more, from the start if it was never hit
-                if hits:
-                    break
-                run = tmp_path / f"run-{i}-{time.monotonic_ns()}"
+            if code == 0 and hits:
+                break
+            if code == 0:  # it was faster than this: once more
+                shutil.rmtree(run)
+                log.write_text("")
                 continue
             assert code == KILLED, child.words()
-            left, hits = left - 1, hits + 1
+            hits += 1
         kills, again = kills + hits, again + (hits > 1)
-        child = go_on(zygote, tiny_model_dir, run)
+        child = go_on(zygote, tiny_model_dir, run, phases=watching(log))
         assert child.wait() == 0, child.words()
         assert_same_ending(whole.run, run)
-    print(json.dumps({"runs": 100, "identical": 100, "kills": kills, "more_than_once": again}))
+        more = repeated(log, whole.phases)
+        assert more.total() <= hits, (more, hits)
+        most = max(most, more.total() / hits)
+    found = {"runs": 100, "identical": 100, "kills": kills, "killed_again": again}
+    print(json.dumps({**found, "phases_repeated_for_a_kill": most}))

@@ -7,21 +7,19 @@ import time
 
 import pytest
 
-from tests.faults.harness import SIGNAL, assert_same_ending, shim
+from tests.faults.harness import SIGNAL, assert_same_ending, shim, watching
 from tests.isolation.processes import family, gone
 
 STOPPED = 4
 
 
-def stopped_in(tmp_path, phase, where="inside"):
-    """The run stops, as a program that is debugged does, when it is there for the first time."""
-    point = {"phase": phase, "where": where, "turn": 1, "signal": "SIGSTOP"}
-    return {"log": str(tmp_path / "phases"), "point": point}
-
-
 def test_a_second_process_waits_until_the_first_is_gone(zygote, whole, tiny_model_dir, tmp_path):
     run = tmp_path / "run"
-    first = zygote.train(tiny_model_dir, run, phases=stopped_in(tmp_path, "update"))
+    first = zygote.train(
+        tiny_model_dir,
+        run,
+        phases=watching(tmp_path / "log", "update", "inside", 1, signal.SIGSTOP),
+    )
     assert first.wait() == signal.SIGSTOP
     for how in ("--resume", "--overwrite"):
         second = zygote.train(tiny_model_dir, run, how)
@@ -95,7 +93,8 @@ def test_made_to_wait_at_random_moments(zygote, whole, tiny_model_dir, tmp_path)
 REWARD = """
 import time
 def slow(completions, **fields):
-    time.sleep(1000)
+    time.sleep({seconds})
+    return [0.0] * len(completions)
 """
 
 
@@ -108,7 +107,8 @@ def test_a_killed_trainer_leaves_no_worker(zygote, tiny_model_dir, tmp_path, whe
         if where == "busy"
         else "def slow(completions, **fields): return [0.0] * len(completions)"
     )
-    phases = stopped_in(tmp_path, "reward", "end" if where == "end" else "begin")
+    at = "end" if where == "end" else "begin"
+    phases = watching(tmp_path / "log", "reward", at, 1, signal.SIGSTOP)
     arguments = ["--reward", f"{tmp_path}/reward.py:slow"]
     child = zygote.train(tiny_model_dir, tmp_path / "run", *arguments, phases=phases)
     assert child.wait() == signal.SIGSTOP

@@ -26,6 +26,7 @@ from tests.faults.harness import (
     assert_same_ending,
     last_good,
     shim,
+    watching,
     why_not,
 )
 
@@ -42,14 +43,14 @@ FAULTS = {
 
 
 def assert_it_says_so(code, said, run):
-    """One message, no traceback, and the checkpoint that the run goes on from."""
+    """One message, no traceback, what could not be written, and where the run goes on from."""
     assert code == 1, said
     errors = [line for line in said.splitlines() if not line.startswith("warning: ")]
     assert len(errors) == 1, said
     assert errors[0].startswith("error: "), said
     assert "Traceback" not in said, said
     assert "--debug" not in said, said
-    assert str(run) in errors[0], said
+    assert f"{run}/" in errors[0].partition(";")[0], said
     good = last_good(run)
     assert good is None or str(good) in said, (good, said)
 
@@ -109,8 +110,7 @@ def test_storage_that_fails_at_any_operation(warm_zygote, whole, tiny_model_dir,
 
 def test_a_directory_that_is_moved_away(zygote, whole, tiny_model_dir, tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    point = {"phase": "update", "where": "inside", "turn": 3, "signal": "SIGSTOP"}
-    phases = {"log": str(tmp_path / "phases"), "point": point}
+    phases = watching(tmp_path / "log", "update", "inside", 3, signal.SIGSTOP)
     child = zygote.train(tiny_model_dir, run, phases=phases)
     assert child.wait() == signal.SIGSTOP
     good = last_good(run)
@@ -200,8 +200,7 @@ def test_a_mount_that_changes_under_the_run(spaced, whole, tiny_model_dir, tmp_p
     kept, run = spaced.path.with_name(f"kept-{how}-{turn}"), spaced.path / "run"
     kept.mkdir()
     spaced.do("mount", "--bind", kept, spaced.path)
-    point = {"phase": "update", "where": "inside", "turn": turn, "signal": "SIGSTOP"}
-    phases = {"log": str(tmp_path / "phases"), "point": point}
+    phases = watching(tmp_path / "log", "update", "inside", turn, signal.SIGSTOP)
     child = spaced.zygote.train(tiny_model_dir, run, phases=phases)
     assert child.wait() == signal.SIGSTOP
     good = last_good(kept / "run")
