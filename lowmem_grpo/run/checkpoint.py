@@ -81,8 +81,10 @@ class Checkpoints:
     def __init__(
         self, run: RunDirectory, policy, optimizer, base_name: str, resumed: Path | None = None
     ):
-        self._folder = run / "checkpoints"
+        self._run, self._folder = run, run / "checkpoints"
         self._policy, self._optimizer, self._base_name = policy, optimizer, base_name
+        for left in self._folder.glob(f".*{PARTIAL}"):  # of a process that was killed
+            shutil.rmtree(left)
         # The step whose tensors are on the disk, and their checksums.
         self._step, self._files = -1, {}
         if resumed is not None:
@@ -97,9 +99,10 @@ class Checkpoints:
 
     def save(self, state: State, config: Config) -> Path:
         """Write the state, and the tensors where those of its step are not there yet; drop what
-        `run.keep_last` does not keep.
+        `run.keep_last` does not keep. Raises OSError.
         """
         begun = time.perf_counter()
+        self._run.check_is_there()
         target = self._folder / _name(state.step)
         if self._step == state.step:
             write_atomic(target / "state.json", self._document(state, config))
@@ -171,8 +174,6 @@ class Checkpoints:
                 gone = path.with_name(f".{path.name}.gone{PARTIAL}")
                 path.rename(gone)  # so that a half of it is never seen
                 shutil.rmtree(gone)
-        for left in self._folder.glob(f".*{PARTIAL}"):  # of a process that was killed
-            shutil.rmtree(left)
 
 
 def _name(step: int) -> str:

@@ -7,6 +7,7 @@ the run is resumed. Links are not followed: a directory that somebody else made 
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"cannot write in {self.path}: {error.strerror}") from error
         self._replaces = taken and overwrite and not resume
+        self._locked = os.stat(self.path)
 
     def begin(self) -> None:
         """A run begins: what `overwrite` replaces is removed, and not before; so is what a process
@@ -67,8 +69,17 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def check_is_there(self) -> None:
+        """Raises OSError where another directory is at the path by now, such as the empty one below
+        a mount that is gone: what is written there would be lost.
+        """
+        if not os.path.samestat(os.stat(self.path), self._locked):
+            what = "another directory is there than when the run began"
+            raise OSError(errno.ESTALE, what, str(self.path))
+
     def append(self, name: str, *records: dict[str, Any]) -> None:
-        """Add JSON objects as lines to a file."""
+        """Add JSON objects as lines to a file. Raises OSError, also as `check_is_there`."""
+        self.check_is_there()
         lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         path = self.path / name
