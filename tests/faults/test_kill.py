@@ -9,8 +9,10 @@ import time
 import pytest
 
 from tests.faults.harness import KILL, TEAR, assert_same_ending, repeated, shim, watching
+from tests.faults.points import PHASES
 
 KILLED = -signal.SIGKILL
+WHOLE_PHASES = ("reward", "optimizer")  # nothing is told of their parts
 READ_EVERY = 5  # of the operations; three commands take longer than the run
 
 
@@ -47,7 +49,7 @@ def killed_at(zygote, model, run, event, action, log):
 
 def test_killed_between_two_operations_on_files(zygote, whole, tiny_model_dir, tmp_path):
     """A few of those that the slow test goes through: as many in each part of the run."""
-    count, chosen = 4, random.Random(0)
+    count, chosen = 2, random.Random(0)
     part = len(whole.events()) / count
     for i in range(count):
         event, run = 1 + int(part * (i + chosen.random())), tmp_path / f"run-{i}"
@@ -57,6 +59,25 @@ def test_killed_between_two_operations_on_files(zygote, whole, tiny_model_dir, t
         assert child.wait() == 0, (event, child.words())
         assert_same_ending(whole.run, run)
         assert repeated(log, whole.phases).total() <= 1
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase(warm_zygote, whole, tiny_model_dir, tmp_path):
+    """As it begins, between its parts (micro-batches, tokens, held-out problems), at its end."""
+    lines = whole.phases.read_text().splitlines()
+    points = [(phase, where) for phase in PHASES for where in ("begin", "inside", "end")]
+    for phase, where in points:
+        if where == "inside" and phase in WHOLE_PHASES:
+            continue
+        turn = lines.count(f"begin {phase}")  # the last of them
+        run, log = tmp_path / f"run-{phase}-{where}", tmp_path / f"log-{phase}-{where}"
+        phases = watching(log, phase, where, turn, signal.SIGKILL)
+        child = warm_zygote.train(tiny_model_dir, run, phases=phases)
+        assert child.wait() == KILLED, (phase, where, child.words())
+        child = go_on(warm_zygote, tiny_model_dir, run, phases=watching(log))
+        assert child.wait() == 0, child.words()
+        assert_same_ending(whole.run, run)
+        assert repeated(log, whole.phases).total() <= 1, (phase, where)
 
 
 @pytest.mark.slow
