@@ -37,18 +37,18 @@ def discarding(
         return
     except NonFiniteError as found:
         error = found
-    file = _write(run, state, error)
     r = config.rollout
     if state.groups is None:  # it was never sampled, and would be no other when sampled again
         state.batch += 1
         state.problems += r.problems_per_step * r.curriculum
+    file = _write(run, state, error)
     state.groups = None
     state.discarded += 1
     undo()
     if state.discarded > config.run.max_discarded:
         count, state.discarded = state.discarded, 0
         raise NonFiniteError(
-            f"{error}, for the {count}th batch in a row ({file}): a lower "
+            f"{count} batches in a row came to nothing, the last since {error} ({file}): a lower "
             "optimizer.learning_rate, or another model.compute_dtype?"
         ) from error
     warn(f"step {state.step + 1} is not taken: {error}; its batch is in {file}")
