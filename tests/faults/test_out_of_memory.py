@@ -16,16 +16,17 @@ from tests.faults.shortage import WORDS, failing, limited
 from tests.runs import TINY, assert_same_run, call, metrics, train
 
 RUN = [
+    *("--reward", "overlong:max=6,cache=5"),  # by which completions differ
     *("--steps", "3", "--eval-every", "2", "--set", "eval.num_problems=4"),
-    *("--set", "memory.micro_batch_tokens=400", "--set", "memory.rollout_batch_size=8"),
+    *("--set", "memory.micro_batch_tokens=60", "--set", "memory.rollout_batch_size=8"),
     *("--set", "eval.batch_size=4"),
 ]
 PHASES = {
     "rollout": ("roll_out", 300, "memory.rollout_batch_size", (8, 4, 2)),
-    "reference": ("score_reference", 100, "memory.micro_batch_tokens", (400, None, None)),
-    "update": ("accumulate", 600, "memory.micro_batch_tokens", (400, None, None)),
+    "reference": ("score_reference", 500, "memory.micro_batch_tokens", (60, None, None)),
+    "update": ("accumulate", 2200, "memory.micro_batch_tokens", (60, None, None)),
     # Where the moments have moved and the adapters not.
-    "optimizer": ("apply_update", 60, "memory.micro_batch_tokens", (400, None, None)),
+    "optimizer": ("apply_update", 120, "memory.micro_batch_tokens", (60, None, None)),
     "evaluation": ("evaluate", 300, "eval.batch_size", (4, 2, 1)),
 }
 
@@ -38,10 +39,14 @@ def whole(tiny_model_dir, tmp_path_factory):
 
 
 def apart(one, other, step=3):
-    """The largest difference between the adapters of two runs."""
-    file = f"checkpoints/step-{step:06d}/adapter_model.safetensors"
-    mine, theirs = load_file(one / file), load_file(other / file)
-    return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
+    """How far the adapters of two runs are apart, over how far they have come."""
+
+    def read(run, step):
+        file = run / f"checkpoints/step-{step:06d}/adapter_model.safetensors"
+        return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(file).items())])
+
+    end = read(one, step)
+    return ((end - read(other, step)).norm() / (end - read(one, step - 1)).norm()).item()
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -52,7 +57,7 @@ def test_the_phase_is_repeated_with_less(whole, tiny_model_dir, tmp_path, monkey
     monkeypatch.setattr(lowmem_grpo.train, name, short)
     done = train(tiny_model_dir, tmp_path / "run", *RUN)
     assert done.stderr.count("out of memory in the") == 2
-    assert apart(whole, tmp_path / "run") < 1e-6
+    assert apart(whole, tmp_path / "run") < 1e-3
     # What was found to fit is the run's from then on, and says where it comes from.
     section, key = setting.split(".")
     now = read_toml(str(tmp_path / "run/config.toml"))[section][key]
@@ -90,11 +95,13 @@ def test_no_step_is_taken_twice_where_moments_had_moved(whole, tiny_model_dir, t
         patch.setattr(lowmem_grpo.train, "apply_update", seen)
         train(tiny_model_dir, tmp_path / "run", *RUN)
     assert moved == [True]
-    assert apart(whole, tmp_path / "run") < 1e-6
+    assert apart(whole, tmp_path / "run") < 1e-3
 
 
+@pytest.mark.slow
 def test_a_limit_is_met_by_halving(tiny_model_dir, tmp_path, monkeypatch):
     longer = ["--max-completion-length", "40", "--set", "rollout.min_completion_length=40"]
+    longer += ["--reward", "repetition:ngram=2", "--set", "memory.micro_batch_tokens=400"]
     heavy = ["--set", "lora.r=1", "--set", "memory.gradient_checkpointing=false"]
     run = [*RUN, *longer, *heavy, "--steps", "2"]
     peaks, function = [], lowmem_grpo.train.accumulate
@@ -105,7 +112,7 @@ def test_a_limit_is_met_by_halving(tiny_model_dir, tmp_path, monkeypatch):
     done = train(tiny_model_dir, tmp_path / "run", *run)
     assert "out of memory in the update" in done.stderr
     assert max(peaks[-2:]) <= limit < peaks[2]
-    assert apart(tmp_path / "free", tmp_path / "run", step=2) < 1e-6
+    assert apart(tmp_path / "free", tmp_path / "run", step=2) < 1e-3
 
 
 def test_where_less_does_not_help_the_run_ends_and_goes_on_later(
@@ -113,7 +120,7 @@ def test_where_less_does_not_help_the_run_ends_and_goes_on_later(
 ):
     arguments = ["--model", tiny_model_dir, "--output", tmp_path / "run", *TINY, *RUN]
     calls, accumulate = [], lowmem_grpo.train.accumulate
-    never = failing(accumulate, times=99, operation=600)
+    never = failing(accumulate, times=99, operation=1000)
 
     def once(*args, **how):
         calls.append(None)
