@@ -78,7 +78,7 @@ class Fitting:
         Raises PlanError where less does not help, or there is no less.
         """
         at_once = 0
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
             attempt = Attempt(self.config)
             yield attempt
             if attempt.error is None:
@@ -88,7 +88,7 @@ class Fitting:
             self._policy.release()
             was = getattr(*_split(self.config, SETTINGS[phase]))
             at_once = min(was, largest)
-            if at_once == 1:
+            if at_once == 1 or not left:
                 break
             self._lessen(phase, at_once // 2, was, attempt.error, reached)
         raise PlanError(

@@ -7,13 +7,12 @@ is taken on one; it is kept for inspection, and the next problems are sampled.
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import NonFiniteError
-from lowmem_grpo.run.checkpoint import State
+from lowmem_grpo.run.checkpoint import State, group_document
 from lowmem_grpo.run.directory import RunDirectory, write_atomic
 
 __all__ = ["discarding"]
@@ -37,18 +36,18 @@ def discarding(
         return
     except NonFiniteError as found:
         error = found
-    file = _write(run, state, error)
     r = config.rollout
     if state.groups is None:  # it was never sampled, and would be no other when sampled again
         state.batch += 1
         state.problems += r.problems_per_step * r.curriculum
+    file = _write(run, state, error)
     state.groups = None
     state.discarded += 1
     undo()
     if state.discarded > config.run.max_discarded:
         count, state.discarded = state.discarded, 0
         raise NonFiniteError(
-            f"{error}, for the {count}th batch in a row ({file}): a lower "
+            f"{count} batches in a row came to nothing, the last since {error} ({file}): a lower "
             "optimizer.learning_rate, or another model.compute_dtype?"
         ) from error
     warn(f"step {state.step + 1} is not taken: {error}; its batch is in {file}")
@@ -58,7 +57,7 @@ def _write(run: RunDirectory, state: State, error: NonFiniteError):
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"batch-{state.batch:06d}.json"
-    groups = [asdict(group) for group in state.groups or []]
+    groups = [group_document(group) for group in state.groups or []]
     document = {"step": state.step + 1, "batch": state.batch, "error": str(error)}
     write_atomic(file, json.dumps(_plain({**document, "groups": groups}), allow_nan=False))
     for old in sorted(folder.glob("batch-*.json"))[:-KEPT]:
