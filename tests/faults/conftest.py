@@ -1,6 +1,5 @@
 """The process that children are forked from, and the run that nothing disturbs."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from tests.faults.harness import CHANGE, GROW, LOOK, RUN, Zygote, shim, watching
 @dataclass
 class Whole:
     """A run that nothing disturbed: `run`, its directory; `log`, what it did to its files, as
-    shim.c has it; `phases`, the log of them; `seconds`, what it took.
+    shim.c has it; `phases`, the log of them; `cpu_s`, the processor time that it took.
     """
 
     run: Path
     log: list[str]
     phases: Path
-    seconds: float
+    cpu_s: float
 
     def events(self, kinds: int = GROW | CHANGE) -> list[str]:
         """As "write /metrics.jsonl", in the order that a shim counts them in."""
@@ -57,7 +56,6 @@ def warm_zygote(zygote, tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(zygote, tiny_model_dir, tmp_path_factory):
     here = tmp_path_factory.mktemp("whole")
-    start = time.monotonic()
     child = zygote.train(
         tiny_model_dir,
         here / "run",
@@ -65,5 +63,6 @@ def whole(zygote, tiny_model_dir, tmp_path_factory):
         phases=watching(here / "phases"),
     )
     assert child.wait() == 0, child.words()
-    seconds = time.monotonic() - start
-    return Whole(here / "run", (here / "events").read_text().splitlines(), here / "phases", seconds)
+    return Whole(
+        here / "run", (here / "events").read_text().splitlines(), here / "phases", child.cpu_s
+    )

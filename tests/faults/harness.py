@@ -74,17 +74,21 @@ def shim(root: Path, at: int = 0, action: int = COUNT, **how: Any) -> dict[str, 
 
 @dataclass
 class Child:
-    """A command that runs. `said`: the file with what it says."""
+    """A command that runs. `said`: the file with what it says. `cpu_s`: the processor time that it
+    took, once it has ended.
+    """
 
     zygote: "Zygote"
     pid: int
     said: Path
+    cpu_s: float = 0.0
 
     def wait(self) -> int:
         """Until it has ended: its exit code, or the negative number of the signal that ended it; or
         until it has stopped: SIGSTOP.
         """
-        status = self.zygote.ask(wait=self.pid)["status"]
+        reply = self.zygote.ask(wait=self.pid)
+        status, self.cpu_s = reply["status"], reply["cpu_s"]
         if os.WIFSTOPPED(status):
             return os.WSTOPSIG(status)
         return os.waitstatus_to_exitcode(status)
@@ -151,13 +155,17 @@ class Zygote:
         shim: dict | None = None,
         phases: dict | None = None,
         limits: dict | None = None,
+        moment: tuple[float, int] | None = None,
     ) -> Child:
-        """`lowmem-grpo ARGUMENTS` in a child."""
+        """`lowmem-grpo ARGUMENTS` in a child. `shim`, `phases`: what the functions `shim` and
+        `watching` return. `limits`: of setrlimit, by name. `moment`: processor seconds after which
+        it gets a signal, and its number.
+        """
         self._number += 1
         said = self.here / f"said-{self._number}.txt"
         said.touch()
         child = {"arguments": [str(a) for a in arguments], "said": str(said)}
-        child |= {"shim": shim, "phases": phases, "limits": limits or {}}
+        child |= {"shim": shim, "phases": phases, "limits": limits or {}, "moment": moment}
         return Child(self, self.ask(start=child)["pid"], said)
 
     def call(self, *arguments: Any, **how: Any) -> tuple[int, str]:

@@ -16,6 +16,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { COUNT, KILL, TEAR, SIGNAL, FAIL };
@@ -27,8 +28,6 @@ static long at, counted;
 static int action, number, lasting, log_fd = -1;
 static int concerned;  // the kinds that are counted and may fail
 
-long counted_events(void) { return counted; }
-
 // `number_`: of the signal, or the errno. `log`: a file for a line an event, or "".
 void arm(const char *root_, long at_, int action_, int number_, int lasting_, int concerned_, const char *log) {
   snprintf(root, sizeof root, "%s", root_);
@@ -36,6 +35,14 @@ void arm(const char *root_, long at_, int action_, int number_, int lasting_, in
   at = at_, action = action_, number = number_, lasting = lasting_, concerned = concerned_;
   counted = 0;
   log_fd = *log ? open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
+}
+
+// A signal once this process has used so much of the processors: a moment of its own, however busy the machine is.
+int signal_after(double seconds, int signal_number) {
+  struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = signal_number};
+  struct itimerspec when = {.it_value = {(time_t)seconds, (long)((seconds - (time_t)seconds) * 1e9) + 1}};
+  timer_t timer;
+  return timer_create(CLOCK_PROCESS_CPUTIME_ID, &event, &timer) || timer_settime(timer, 0, &when, NULL);
 }
 
 static int below(const char *path) {

@@ -5,7 +5,7 @@ Requests and replies are JSON objects, a line each:
 
     {"warm": [[...]]}    run command lines in this process, once: imports and plans; {}
     {"start": {...}}     fork, see `run`; {"pid": of the child}
-    {"wait": pid}        until it ends or stops; {"status": as os.waitpid has it}
+    {"wait": pid}        until it ends or stops; {"status": as os.wait4 has it, "cpu_s"}
     {"command": [...]}   another program, in the namespaces of this process; {"code", "said"}
 
 Nothing may run on several threads before a fork, so OMP_NUM_THREADS has to be 1.
@@ -27,9 +27,17 @@ LIMIT_S = 300  # of a child: one that hangs must not hang the tests
 PR_SET_PDEATHSIG = 1
 
 
-def run(arguments: list[str], said: str, limits: dict, shim: dict | None, phases: dict | None):
+def run(
+    arguments: list[str],
+    said: str,
+    limits: dict,
+    shim: dict | None,
+    phases: dict | None,
+    moment: list | None,
+):
     """In the child: the command line. `said`: where its standard output and error go. `limits`: of
-    setrlimit, by name. `shim`, `phases`: arguments of `arm` in shim.c and of `watch_phases`.
+    setrlimit, by name. `shim`, `phases`, `moment`: arguments of `arm` in shim.c, of `watch_phases`,
+    and of `signal_after` in shim.c.
     """
     import resource
 
@@ -43,8 +51,11 @@ def run(arguments: list[str], said: str, limits: dict, shim: dict | None, phases
         resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
     if phases:
         watch_phases(**phases)
+    library = ctypes.CDLL(os.environ["FAULTS_SHIM"])
     if shim:
-        arm(**shim)
+        arm(library, **shim)
+    if moment:
+        assert library.signal_after(ctypes.c_double(moment[0]), moment[1]) == 0
     code = 0
     try:
         main(arguments, prog_name="lowmem-grpo")
@@ -57,8 +68,9 @@ def run(arguments: list[str], said: str, limits: dict, shim: dict | None, phases
     os._exit(code)
 
 
-def arm(root: str, at: int, action: int, number: int, lasting: bool, kinds: int, log: str) -> None:
-    library = ctypes.CDLL(os.environ["FAULTS_SHIM"])
+def arm(
+    library, root: str, at: int, action: int, number: int, lasting: bool, kinds: int, log: str
+) -> None:
     texts = [text.encode() for text in (root, log)]
     library.arm(texts[0], ctypes.c_long(at), action, number, int(lasting), kinds, texts[1])
 
@@ -83,7 +95,8 @@ def serve(requests, replies) -> dict[str, Any] | None:
             warm(request["warm"])
             reply = {}
         elif "wait" in request:
-            reply = {"status": os.waitpid(request["wait"], os.WUNTRACED)[1]}
+            _, status, used = os.wait4(request["wait"], os.WUNTRACED)
+            reply = {"status": status, "cpu_s": used.ru_utime + used.ru_stime}
         else:
             done = subprocess.run(request["command"], capture_output=True, text=True)
             reply = {"code": done.returncode, "said": done.stdout + done.stderr}
