@@ -11,13 +11,12 @@ from tests.faults.harness import CHANGE, GROW, LOOK, RUN, Zygote, shim, watching
 @dataclass
 class Whole:
     """A run that nothing disturbed: `run`, its directory; `log`, what it did to its files, as
-    shim.c has it; `phases`, the log of them; `cpu_s`, the processor time that it took.
+    shim.c has it; `phases`, the log of them.
     """
 
     run: Path
     log: list[str]
     phases: Path
-    cpu_s: float
 
     def events(self, kinds: int = GROW | CHANGE) -> list[str]:
         """As "write /metrics.jsonl", in the order that a shim counts them in."""
@@ -63,6 +62,12 @@ def whole(zygote, tiny_model_dir, tmp_path_factory):
         phases=watching(here / "phases"),
     )
     assert child.wait() == 0, child.words()
-    return Whole(
-        here / "run", (here / "events").read_text().splitlines(), here / "phases", child.cpu_s
-    )
+    return Whole(here / "run", (here / "events").read_text().splitlines(), here / "phases")
+
+
+@pytest.fixture(scope="session")
+def cpu_s(warm_zygote, tiny_model_dir, tmp_path_factory):
+    """The processor seconds of an undisturbed run."""
+    child = warm_zygote.train(tiny_model_dir, tmp_path_factory.mktemp("timed") / "run")
+    assert child.wait() == 0, child.words()
+    return child.cpu_s

@@ -108,7 +108,9 @@ def test_killed_before_every_operation_on_files(warm_zygote, whole, tiny_model_d
 
 
 @pytest.mark.slow
-def test_a_hundred_runs_killed_at_random_moments(warm_zygote, whole, tiny_model_dir, tmp_path):
+def test_a_hundred_runs_killed_at_random_moments(
+    warm_zygote, cpu_s, whole, tiny_model_dir, tmp_path
+):
     zygote, chosen = warm_zygote, random.Random(0)
     kills = again = most = 0
     for i in range(100):
@@ -117,7 +119,7 @@ def test_a_hundred_runs_killed_at_random_moments(warm_zygote, whole, tiny_model_
         wanted, hits = chosen.choice([1, 1, 2, 3]), 0
         while hits < wanted:
             # A resumed run has less to do, but not by how much is left of it.
-            moment = chosen.uniform(0, whole.cpu_s), int(signal.SIGKILL)
+            moment = chosen.uniform(0, cpu_s), int(signal.SIGKILL)
             child = go_on(zygote, tiny_model_dir, run, phases=watching(log), moment=moment)
             code = child.wait()
             if code == 0 and hits:

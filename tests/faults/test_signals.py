@@ -34,11 +34,13 @@ def test_a_second_process_waits_until_the_first_is_gone(zygote, whole, tiny_mode
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_at_random_moments(warm_zygote, whole, tiny_model_dir, tmp_path, number):
-    chosen, codes = random.Random(0), []
+def test_asked_to_stop_at_random_moments(
+    warm_zygote, cpu_s, whole, tiny_model_dir, tmp_path, number
+):
+    chosen, codes = random.Random(int(number)), []
     for i in range(RUNS):
         run = tmp_path / f"run-{i}"
-        moment = chosen.uniform(0, whole.cpu_s), int(number)
+        moment = chosen.uniform(0, cpu_s), int(number)
         child = warm_zygote.train(tiny_model_dir, run, moment=moment)
         codes.append(child.wait())
         assert "Traceback" not in child.words()
@@ -73,11 +75,11 @@ def test_asked_to_stop_while_it_works_on_files(warm_zygote, whole, tiny_model_di
 
 
 @pytest.mark.slow
-def test_made_to_wait_at_random_moments(warm_zygote, whole, tiny_model_dir, tmp_path):
+def test_made_to_wait_at_random_moments(warm_zygote, cpu_s, whole, tiny_model_dir, tmp_path):
     chosen = random.Random(0)
     for i in range(10):
         run = tmp_path / f"run-{i}"
-        moment = chosen.uniform(0, whole.cpu_s), int(signal.SIGSTOP)
+        moment = chosen.uniform(0, cpu_s), int(signal.SIGSTOP)
         child = warm_zygote.train(tiny_model_dir, run, moment=moment)
         code = child.wait()
         if code == signal.SIGSTOP:
