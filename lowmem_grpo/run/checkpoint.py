@@ -32,6 +32,7 @@ from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.run.directory import (
     PARTIAL,
     RunDirectory,
+    naming,
     replace_directory,
     sync_file,
     write_atomic,
@@ -193,8 +194,10 @@ def _all(folder: Path) -> list[Path]:
 def save_adapter(directory: Path, policy, base_name: str) -> None:
     """Write the adapters in PEFT's format, over `base_name`, into `directory`."""
     directory.mkdir(exist_ok=True)
-    policy.save_adapter_config(directory, base_name)
-    sync_file(directory / "adapter_config.json")
+    settings = directory / "adapter_config.json"
+    with naming(settings):
+        policy.save_adapter_config(directory, base_name)
+    sync_file(settings)
     _save_tensors(directory / "adapter_model.safetensors", policy.adapter_state())
 
 
