@@ -2,6 +2,8 @@
 // signal, or lets the call fail. Loaded by LD_PRELOAD, so that Python's and Rust's calls are seen alike; asleep until
 // `arm` is called.
 //
+// Not seen: renames that Rust makes by a system call of its own, as safetensors does in a directory that is hidden still.
+//
 // An event comes before its call. A write that is torn is half done when the process dies. A fault that lasts stays
 // until the process ends, for the calls that such a fault concerns: a full disk still renames and removes.
 #define _GNU_SOURCE
@@ -184,18 +186,28 @@ int ftruncate64(int fd, off64_t length) {
   return at_fd("truncate", fd, GROW) ? -1 : real(fd, length);
 }
 
+static void note_source(int directory, const char *path) {
+  char name[PATH_MAX];
+  if (log_fd < 0 || !root_length) return;
+  absolute(directory, path, name);
+  if (below(name)) dprintf(log_fd, "0 from %s\n", name + root_length);
+}
+
 int rename(const char *from, const char *to) {
   REAL(int, rename, const char *, const char *);
+  note_source(AT_FDCWD, from);
   return at_path("rename", AT_FDCWD, to, CHANGE) ? -1 : real(from, to);
 }
 
 int renameat(int from_directory, const char *from, int directory, const char *to) {
   REAL(int, renameat, int, const char *, int, const char *);
+  note_source(from_directory, from);
   return at_path("rename", directory, to, CHANGE) ? -1 : real(from_directory, from, directory, to);
 }
 
 int renameat2(int from_directory, const char *from, int directory, const char *to, unsigned flags) {
   REAL(int, renameat2, int, const char *, int, const char *, unsigned);
+  note_source(from_directory, from);
   return at_path("rename", directory, to, CHANGE) ? -1 : real(from_directory, from, directory, to, flags);
 }
 

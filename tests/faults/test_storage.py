@@ -135,6 +135,32 @@ def test_a_file_that_may_not_grow(warm_zygote, whole, tiny_model_dir, tmp_path):
     assert_same_ending(whole.run, run)
 
 
+def test_what_is_renamed_into_place_was_synced_before(whole):
+    """So that a power cut leaves no name whose contents never came to the disk."""
+    unsynced, source, renamed = set(), "", 0
+    for line in whole.log:
+        _, call, path = (line + " ").split(" ", 2)
+        path = path.strip()
+        if call in ("write", "truncate"):
+            unsynced.add(path)
+        elif call in ("fsync", "unlink"):
+            unsynced.discard(path)
+            if path.endswith(".safetensors") and call == "fsync":
+                # It was written beside its name, and put there out of the shim's sight.
+                beside = f"{path.rpartition('/')[0]}/.tmp"
+                unsynced.remove(next(p for p in unsynced if p.startswith(beside)))
+        elif call == "from":
+            source = path
+        elif call == "rename":
+            moved = {p for p in unsynced if p == source or p.startswith(f"{source}/")}
+            if "/." not in path:  # it is seen from here on
+                renamed += 1
+                assert not moved, (path, moved)
+            unsynced = (unsynced - moved) | {path + p.removeprefix(source) for p in moved}
+    assert renamed > 10
+    assert not {path for path in unsynced if "/." not in path}
+
+
 class Disk:
     """A zygote in namespaces of its own, with a mount that only it sees. `path`: where the mount is
     for its children; `seen`: where it is for us.
