@@ -55,6 +55,7 @@ from lowmem_grpo.run.stop import StopRequest
 from lowmem_grpo.setup import (
     check_prompts,
     evaluation_settings,
+    load_models,
     open_optimizer,
     open_policy,
     open_rewards,
@@ -95,6 +96,8 @@ def train(
             check_same_mathematics(checkpoint, config)
 
         # LOAD
+        models = [reward.function for reward in rewards if reward.here]
+        load_models(models, config, console.say)
         policy = open_policy(config, console.say)
         if config.grpo.moves_reference:
             policy.keep_reference()
@@ -111,7 +114,7 @@ def train(
         if scaler is not None and state.scaler:
             scaler.load_state_dict(state.scaler)
         policy.release()
-        watch = Watch(planner, config, run / "memory.json", console.say, console.warn)
+        watch = Watch(planner, config, run / "memory.json", console.say, console.warn, models)
         if rehearse:
             with console.progress("rehearsal", None) as advance:
                 watch.rehearse(policy, optimizer, advance)
