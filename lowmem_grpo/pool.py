@@ -1,7 +1,7 @@
 """A pool of groups that the base sampled: made once, trained on for many steps.
 
     POOL/pool.json       what the groups were sampled with
-    POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens
+    POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens, sealed
 
 The base is old policy and reference in one (`grpo.old_policy = base`), so nothing that a run
 changes makes a pool out of date: steps that train on it neither sample nor ask the reference. What
@@ -11,16 +11,16 @@ limits them is how far the policy gets from the base, where ratios are clipped.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
+from lowmem_grpo.checksum import sealed, unsealed
 from lowmem_grpo.config import Config
-from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.errors import ConfigError, DamageError
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, score_reference
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
-from lowmem_grpo.run.checkpoint import read_group
+from lowmem_grpo.run.checkpoint import group_document, read_group
 from lowmem_grpo.run.directory import read_document, read_lines, write_atomic
 from lowmem_grpo.sections import TaskConfig
 from lowmem_grpo.setup import sampling_of
@@ -29,7 +29,7 @@ from lowmem_grpo.tasks.base import permuted, stable_hash
 
 __all__ = ["Pool", "check_pool", "fill", "open_pool"]
 
-FORMAT = 1
+FORMAT = 2
 # What makes the groups what they are; a run that trains on them has the same.
 _MADE_WITH = {
     "model": ("name", "lm_head_bits", "chat_template", "chat_template_kwargs"),
@@ -45,7 +45,8 @@ class Pool:
     """The groups of a directory, in an order that belongs to (seed, epoch)."""
 
     def __init__(self, path: Path, seed: int):
-        self._lines = (path / "groups.jsonl").read_bytes().splitlines()
+        self._file = path / "groups.jsonl"
+        self._lines = self._file.read_bytes().splitlines()
         self._seed = seed
 
     def __len__(self) -> int:
@@ -55,7 +56,13 @@ class Pool:
         """The group at `index`, 0 or more without end: every group comes once in an epoch."""
         epoch, position = divmod(index, len(self))
         place = permuted(position, len(self), stable_hash("pool", self._seed, epoch))
-        return read_group(json.loads(self._lines[place]))
+        try:
+            return read_group(unsealed(self._lines[place].decode()))
+        except ValueError as error:
+            raise DamageError(
+                f"line {place + 1} of {self._file} is damaged ({error}): run the command rollouts "
+                "again with another --output"
+            ) from error
 
 
 def open_pool(config: Config) -> Pool | None:
@@ -85,11 +92,10 @@ def open_pool(config: Config) -> Pool | None:
     return pool
 
 
-def check_pool(pool: Pool | None, was: int | None) -> None:
+def check_pool(now: int | None, was: int | None) -> None:
     """Raises ConfigError where a resumed run's pool has not as many groups as it `was` begun with:
     their order would be another one.
     """
-    now = None if pool is None else len(pool)
     if now != was:
         raise ConfigError(
             f"--resume: the pool has {now} groups, and the run was started with {was}: "
@@ -148,7 +154,7 @@ def fill(
             policy.release()
             for group in made:
                 group.advantages = []
-                stream.write(json.dumps(asdict(group), allow_nan=False) + "\n")
+                stream.write(sealed(group_document(group)) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
             advance(len(made))

@@ -10,7 +10,7 @@ import torch
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.objective import Objective
-from lowmem_grpo.grpo.optimizer import build_optimizer
+from lowmem_grpo.grpo.optimizer import build_optimizer, learning_rate_at
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.policy.base import AdapterSettings, Policy
@@ -28,7 +28,9 @@ __all__ = [
     "check_prompts",
     "choose",
     "evaluation_settings",
+    "learning_rate_of",
     "load_models",
+    "open_models",
     "open_optimizer",
     "open_policy",
     "open_rewards",
@@ -104,6 +106,18 @@ def open_optimizer(config: Config, parameters: list):
         betas=(o.adam_beta1, o.adam_beta2),
         eps=o.adam_epsilon,
         weight_decay=o.weight_decay,
+    )
+
+
+def learning_rate_of(config: Config, step: int) -> float:
+    """Of a step, from 1 on."""
+    o = config.optimizer
+    return learning_rate_at(
+        step,
+        base=o.learning_rate,
+        schedule=o.lr_scheduler_type,
+        warmup_steps=o.warmup_steps,
+        total_steps=config.run.steps,
     )
 
 
@@ -208,6 +222,12 @@ def reward_models(config: Config) -> list[ModelSpec]:
     """The reward models as configured, of which nothing is read yet. Raises ConfigError."""
     specs = filter(is_model, config.rewards.functions)
     return [parse_spec(spec, _conversation(config)) for spec in specs]
+
+
+def open_models(config: Config, rewards: list[Reward], say=lambda text: None) -> Policy:
+    """Load the reward models, which leave the device as it was, and the policy as configured."""
+    load_models([reward.function for reward in rewards if reward.here], config, say)
+    return open_policy(config, say)
 
 
 def load_models(models: list[ModelReward], config: Config, say=lambda text: None) -> None:

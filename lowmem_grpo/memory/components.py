@@ -5,13 +5,7 @@ The plan's "other" is what none of the rules below can place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-
-__all__ = [
-    "COMPONENTS", "REWARD_MODEL", "component", "kept_component", "named_tensors", "of_weights",
-]  # fmt: skip
+__all__ = ["COMPONENTS", "REWARD_MODEL", "component", "kept_component", "of_weights"]
 
 COMPONENTS = (
     "base_weights", "reward_model", "adapters", "optimizer", "kv_cache", "checkpoints",
@@ -63,15 +57,3 @@ def kept_component(
     if before == "activations" and recomputed and not inside:
         return "checkpoints"
     return before
-
-
-def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by name, with the tensors of 4-bit weights' quantisation state."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield name, tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            for field, value in vars(state).items():
-                if isinstance(value, torch.Tensor):
-                    yield f"{name}.{field}", value
-            state = getattr(state, "state2", None)

