@@ -139,15 +139,18 @@ class ModelReward:
 
     def __call__(self, completions: list[str], prompts: list, **fields: Any) -> list:
         """A score for each completion, or a failure."""
-        rows = [self._row(*pair) for pair in zip(prompts, completions, strict=True)]
+        with quiet_libraries():  # a tokenizer would warn of what is too long
+            rows = [self._row(*pair) for pair in zip(prompts, completions, strict=True)]
         unique = list(dict.fromkeys(row for row in rows if not isinstance(row, Failure)))
-        while (found := self._found(unique)) is None:
+        found = self._found(unique) if unique else {}
+        while found is None:
             self._tokens //= 2
             _log.warning(
                 "warning: out of memory in the reward model %s: repeated with batch=%d",
                 self.spec.name,
                 self._tokens,
             )
+            found = self._found(unique)
         return [row if isinstance(row, Failure) else found[row] for row in rows]
 
     def _found(self, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], float | Failure] | None:

@@ -104,6 +104,16 @@ def test_larger_batches_take_more_and_two_models_come_one_after_the_other(model,
     assert both > planned(model, large).host_bytes
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_is_made_where_rows_are_padded(model, reward, padded):
+    config = configured(model, rewards__functions=[f"model:{reward}"])
+    rewards = planner(model, CARD).phases._rewards
+    rewards.loads(config)
+    (part,) = rewards.scores(config, ((Batch(2, 301, padded),),))
+    sizes = {event.size for event in part.events if event.component == "activations"}
+    assert (2 * 301 * 301 in sizes) is padded
+
+
 def test_what_does_not_fit_names_the_reward_model(tmp_path, model):
     large = written(tmp_path / "large", hidden_size=2048, intermediate_size=8192)
     tight = PlanCard("Tight", 1200 * MIB, (8, 9), host_bytes=GIB)

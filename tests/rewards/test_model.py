@@ -88,6 +88,12 @@ def test_what_is_too_long_has_no_score_and_is_counted(task, directory, caplog):
     assert scored(task, reward).failures["model"].keys() == {4}  # twice 30
 
 
+def test_where_all_are_too_long_nothing_is_moved(task, directory, monkeypatch):
+    reward = opened(task, f"model:{directory},max=3")
+    monkeypatch.delattr(type(reward.function.classifier), "on_device")
+    assert len(scored(task, reward).failed) == len(TEXTS)
+
+
 def test_a_score_that_is_no_number_has_failed(task, directory):
     reward = opened(task, f"model:{directory}")
     reward.function.classifier.model.score.weight.data.fill_(torch.nan)
