@@ -11,6 +11,7 @@ which needs values.
 
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.attention import ATTENTION
@@ -27,7 +29,7 @@ from lowmem_grpo.policy.load import check_quantisation
 from lowmem_grpo.policy.source import DEMO, resolve
 from lowmem_grpo.quiet import quiet_libraries
 
-__all__ = ["read_model_config", "skeleton_policy", "without_weights"]
+__all__ = ["fill", "make_4_bit", "read_model_config", "skeleton_policy", "without_weights"]
 
 BLOCK, NESTED_BLOCK = 64, 256
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -68,7 +70,7 @@ def skeleton_policy(
     """A policy around what `without_weights` made. Each tensor is made on `device` in the order of
     loading: whoever watches sees what a load allocates.
     """
-    _fill(model, device, dtype)
+    fill(model, device, dtype)
     return Policy(model, None, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
 
 
@@ -117,14 +119,7 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION
             ).requires_grad_(False)
-            head = model.get_output_embeddings()
-            for name, linear in list(model.named_modules()):
-                if isinstance(linear, torch.nn.Linear) and linear is not head:
-                    inside, out, bias = linear.in_features, linear.out_features, linear.bias
-                    layer = bnb.nn.Linear4bit(inside, out, bias is not None, dtype)
-                    if bias is not None:
-                        layer.bias = bias
-                    model.set_submodule(name, layer)
+            make_4_bit(model, dtype, [model.get_output_embeddings()])
             peft_model = attach_adapters(model, adapters, seed=0).train()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # What a configuration must hold beyond the usual is its architecture's own affair.
@@ -139,7 +134,21 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
     return peft_model
 
 
-def _fill(model, device: str, dtype: torch.dtype) -> None:
+def make_4_bit(model, dtype: torch.dtype, left: Sequence[torch.nn.Module]) -> None:
+    """Put a 4-bit layer in the place of each linear one but those that are `left`."""
+    for name, linear in list(model.named_modules()):
+        if linear in left or type(linear) not in (torch.nn.Linear, Conv1D):
+            continue
+        out, inside = linear.weight.shape
+        if isinstance(linear, Conv1D):  # which has its weight the other way round
+            out, inside = inside, out
+        layer = bnb.nn.Linear4bit(inside, out, linear.bias is not None, dtype)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        model.set_submodule(name, layer)
+
+
+def fill(model, device: str, dtype: torch.dtype) -> None:
     """Put a tensor on `device` in the place of each meta tensor: the base first, then adapters.
 
     Tied weights stay tied. A weight's 16-bit form is on the device while its 4-bit one is made, as
