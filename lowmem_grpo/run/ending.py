@@ -54,7 +54,9 @@ class Ending:
         # has changed is not worth keeping.
         if not isinstance(error, Exception) or isinstance(error, IntegrityError):
             return
-        problem = error if isinstance(error, OSError) else None
+        # What it names tells it from a reward's, or a server's, that could not be reached.
+        of_the_run = isinstance(error, OSError) and str(self._run_path) in str(error)
+        problem = error if of_the_run else None
         if self.whole:
             try:
                 self._warn(f"the run ends here, saved in {self._save()}")
