@@ -117,7 +117,7 @@ class Checkpoints:
                 raise
             replace_directory(partial, target)
             self._step = state.step
-            self._prune(config)
+        self._prune(config)  # in any case: a process before this one may not have come to it
         self._seconds += time.perf_counter() - begun
         return target
 
