@@ -151,7 +151,7 @@ def build_config(layers: list[tuple[str, dict[str, dict[str, Any]]]]) -> Config:
         where = ".".join(where.split(".")[:2])
         message = first["msg"].removeprefix("Value error, ")
         origin = f" (from {sources[where]})" if where in sources else ""
-        given = f" = {first['input']!r}" if where.count(".") == 1 else ""
+        given = f" = {first['input']!r:.100}" if where.count(".") == 1 else ""
         raise ConfigError(f"{where}{given}{origin}: {message}" if given else message) from error
 
 

@@ -27,7 +27,7 @@ class Section(BaseModel):
         frozen=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
-        strict=False,
+        strict=True,
     )
 
 

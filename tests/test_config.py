@@ -114,6 +114,11 @@ def test_malformed_assignments(text):
         ({"eval": {"num_generations": 4}}, "are all the same: use eval.temperature = 1"),
         ({"rollout": {"num_generations": "many"}}, "rollout.num_generations = 'many'"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature = 0"),
+        # A value of another type is a mistake, and not what it could be turned into.
+        ({"grpo": {"beta": True}}, "grpo.beta = True (from here)"),
+        ({"lora": {"r": "16"}}, "lora.r = '16' (from here)"),
+        ({"run": {"tensorboard": "off"}}, "run.tensorboard = 'off' (from here)"),
+        ({"task": {"name": ["x" * 999]}}, "task.name = ['xxx"),
         (
             {"rollout": {"min_completion_length": 9, "max_completion_length": 8}},
             "min_completion_length = 9 is above",

@@ -9,7 +9,6 @@ Left out: the tokenizer (None), and the comparison of packed and plain logits th
 which needs values.
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from lowmem_grpo.errors import ModelError
+from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.load import check_quantisation
@@ -41,7 +41,7 @@ def read_model_config(name: str):
     """
     path = _config_file(name)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {_first_line(error)}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
