@@ -18,6 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.files import (
+    broken_file,
+    check_ends,
+    check_layers,
+    check_tokens,
+    check_weights,
+    own_tokenizer,
+)
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
@@ -75,6 +83,7 @@ def load_policy(
     for module in peft_model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    check_tokens(name, tokenizer, peft_model.get_output_embeddings().weight.shape[0])
     policy = Policy(
         peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
     )
@@ -113,13 +122,20 @@ def load_tokenizer(name: str, chat_template: str | None = None):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # `tokenizers` raises no narrower one for a bad file
             raise ModelError(
-                f"cannot load the tokenizer of {name}: {_first_line(error)}"
+                f"cannot load the tokenizer of {name}: {_first_line(error)}{broken_file(source)}"
             ) from error
+    if code := own_tokenizer(tokenizer.init_kwargs):
+        raise ModelError(
+            f"{name}: its tokenizer asks for code of its own ({code}), which is never run: use a "
+            "model whose tokenizer transformers has"
+        )
     if chat_template is not None:
         path = Path(chat_template)
-        if not path.is_file():
-            raise ModelError(f"model.chat_template: no such file: {chat_template}")
-        tokenizer.chat_template = path.read_text()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ModelError(f"model.chat_template: cannot read {path}: {reason}") from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name} has no chat template: use an instruct model, or give one with "
@@ -166,14 +182,19 @@ def _load_base(name, source, device, dtype):
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = _first_line(error)
         if error.args == (ATTENTION,):  # looked up in the model's own table of attentions
             reason = f"the attention of {config.model_type} models cannot be replaced"
-        raise ModelError(f"cannot load {name}: {reason}") from error
+        raise ModelError(f"cannot load {name}: {reason}{broken_file(source)}") from error
     if info["missing_keys"]:
         count, first = len(info["missing_keys"]), min(info["missing_keys"])
         raise ModelError(f"{name}: {count} weights are missing from its files, first {first}")
+    check_layers(name, info["unexpected_keys"], model.state_dict())
+    plain = () if quantised is not None else {n for n, _ in model.named_parameters()}
+    check_weights(source, name, plain)
+    vocab = model.get_output_embeddings().weight.shape[0]
+    check_ends(source, name, model.generation_config.eos_token_id, vocab)
     if quantised is not None:
         _set_dtype(model, dtype)
     return model

@@ -226,6 +226,16 @@ def test_a_truncated_gguf_file(cache, gguf_file, tmp_path, kept):
     assert not any(cache.rglob("config.json"))
 
 
+@pytest.mark.parametrize("place", [None, 5000])
+def test_a_gguf_file_that_goes_on_behind_its_tensors(cache, gguf_file, tmp_path, place):
+    """Where something was put in, every tensor behind it would be read from a wrong place."""
+    content = gguf_file.read_bytes()
+    place = len(content) if place is None else len(content) - place
+    (tmp_path / "longer.gguf").write_bytes(content[:place] + bytes(64) + content[place:])
+    with pytest.raises(ModelError, match="64 bytes follow its last tensor"):
+        resolve(str(tmp_path / "longer.gguf"))
+
+
 def test_unpacking_that_is_interrupted_leaves_nothing(cache, gguf_file, monkeypatch):
     def interrupted(self, directory, **kwargs):
         # By now the weights have been written.
