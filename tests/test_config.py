@@ -118,6 +118,10 @@ def test_malformed_assignments(text):
         ({"grpo": {"beta": True}}, "grpo.beta = True (from here)"),
         ({"lora": {"r": "16"}}, "lora.r = '16' (from here)"),
         ({"run": {"tensorboard": "off"}}, "run.tensorboard = 'off' (from here)"),
+        ({"run": {"seed": 10**30}}, "seed = 1000000000000000000000000000000 (from here): Input sh"),
+        ({"run": {"steps": 10**30}}, "at most 2.15e+09"),
+        ({"grpo": {"beta": 1e300}}, "grpo.beta = 1e+300 (from here): Input should be at most"),
+        ({"optimizer": {"adam_epsilon": 1e-300}}, "optimizer.adam_epsilon = 1e-300"),
         ({"task": {"name": ["x" * 999]}}, "task.name = ['xxx"),
         (
             {"rollout": {"min_completion_length": 9, "max_completion_length": 8}},
