@@ -32,10 +32,12 @@ __all__ = [
     "complete",
     "has_signal",
     "judge",
+    "most_completions",
     "most_tokens",
     "pack_groups",
     "roll_out",
     "set_advantages",
+    "trunk_tokens",
 ]
 
 
@@ -47,10 +49,19 @@ def complete(state: State, config: Config) -> bool:
     return last_round or all(has_signal(group, config) for group in state.groups)
 
 
+def most_completions(config: Config) -> int:
+    """The completions of a batch."""
+    return config.rollout.problems_per_step * config.rollout.num_generations
+
+
 def most_tokens(config: Config) -> int:
     """The tokens of a batch whose completions are all as long as they may be."""
-    r = config.rollout
-    return r.problems_per_step * r.num_generations * r.max_completion_length
+    return most_completions(config) * config.rollout.max_completion_length
+
+
+def trunk_tokens(groups: list[Group], config: Config) -> int:
+    """The trunk tokens of all micro-batches of scored groups."""
+    return sum(batch.tokens for batch in pack_groups(groups, config))
 
 
 def roll_out(

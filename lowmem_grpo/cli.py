@@ -79,17 +79,34 @@ for command in (doctor, memory, model, plan, profiles, rollouts):
     help="number, math, task, FILE.py:function, ... (see the README); repeatable.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option(
+    "--allow-changed",
+    multiple=True,
+    metavar="SECTION.KEY",
+    help="With --resume: a setting that may differ, though it changes the run; repeatable.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
 @click.option("--rehearse", is_flag=True, help="Run the longest planned shapes first.")
 @QUIET
 def train(
-    run_file, profile, assignments, rewards, resume, overwrite, rehearse, quiet, **flags
+    run_file,
+    profile,
+    assignments,
+    rewards,
+    resume,
+    allow_changed,
+    overwrite,
+    rehearse,
+    quiet,
+    **flags,
 ) -> None:
     """Train a model's adapters with GRPO."""
     if resume and overwrite:
         raise click.UsageError(
             "--resume continues a run and --overwrite replaces it: give one of them"
         )
+    if allow_changed and not resume:
+        raise click.UsageError("--allow-changed is for a run that is continued: use --resume")
     if resume and run_file is None:
         # The run's own settings, whatever the defaults and the profile say today.
         saved = Path(flags["run__output"] or "runs/grpo") / "config.toml"
@@ -103,6 +120,7 @@ def train(
     from lowmem_grpo.train import train as run_training
 
     how = {"resume": resume, "overwrite": overwrite, "rehearse": rehearse}
+    how["allow_changed"] = allow_changed
     sys.exit(run_training(config, console=console, **how))
 
 
@@ -137,7 +155,9 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
     from lowmem_grpo.setup import evaluation_settings, open_policy, open_task
 
     console = Console(quiet=quiet or as_json)
-    config, adapter = read_target(target, profile, assignments, flags, console.say, best)
+    config, adapter = read_target(
+        target, profile, assignments, flags, console.say, best, console.warn
+    )
     config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     task = open_task(config)
     policy = open_policy(config, console.say, adapter=adapter)
@@ -194,7 +214,9 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
     from lowmem_grpo.tasks.base import Problem, chat
 
     console = Console(quiet=quiet)
-    config, adapter = read_target(target, profile, assignments, flags, console.say, best)
+    config, adapter = read_target(
+        target, profile, assignments, flags, console.say, best, console.warn
+    )
     if prompt is None:
         problem = open_task(config).eval_problems(1)[0]
     else:
@@ -239,6 +261,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
 def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
     """Take a trained adapter out of a run, in PEFT's format or merged into a 16-bit model."""
     from lowmem_grpo.run.card import model_card
+    from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.export import (
         adapter_directory,
         check_output,
@@ -246,8 +269,8 @@ def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
         exported_step,
     )
 
-    source = Path(run)
-    adapter = adapter_directory(source, best)
+    source, console = Path(run), Console(quiet=quiet)
+    adapter = adapter_directory(source, best, console.warn)
     config = read_config(str(source / "config.toml"), None, (), {})
     step = exported_step(adapter)
     if kind == "adapter":
@@ -256,14 +279,13 @@ def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
         (output / "README.md").write_text(model_card(source, config, "LoRA adapter", step))
         return
     from lowmem_grpo.rollout.groups import prompt_ids
-    from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.merge import compare, merge
     from lowmem_grpo.setup import open_policy, open_task
 
     check_output(output)
     # The head as it is in the files, and the embedding where it can be written from.
     whole = config.settled({"model.lm_head_bits": 16, "memory.embedding_on_host": False}, "export")
-    policy = open_policy(whole, Console(quiet=quiet).say, adapter=adapter)
+    policy = open_policy(whole, console.say, adapter=adapter)
     dtype = merge(policy, output)
     (output / "README.md").write_text(model_card(source, config, "merged 16-bit model", step))
     click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")

@@ -71,7 +71,7 @@ TRAIN = (
     setting("--output", "run.output", help="The run directory."),
     setting("--seed", "run.seed", int, help="Of initialisation and sampling."),
     setting(
-        "--save-every", "run.save_every", int, help="Steps between checkpoints; 0: at the end only."
+        "--save-every", "run.save_every", int, help="Steps between checkpoints that stay; 0: none."
     ),
     setting("--eval-every", "eval.every", int, help="Steps between evaluations; 0: never."),
     setting("--pool", "rollout.pool", help="Train on the groups in this directory."),
@@ -143,14 +143,17 @@ def read_target(
     flags: dict[str, Any],
     say: Callable[[str], None] = lambda text: None,
     best: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[Config, Path | None]:
-    """The configuration of a run and its adapter, or that of a plain model and None."""
+    """The configuration of a run and its adapter, or that of a plain model and None. `warn` is told
+    of checkpoints that are damaged.
+    """
     from lowmem_grpo.errors import ConfigError
     from lowmem_grpo.run.export import adapter_directory
 
     saved = Path(target) / "config.toml"
     if saved.is_file():
-        adapter = adapter_directory(Path(target), best)
+        adapter = adapter_directory(Path(target), best, warn)
         return read_config(str(saved), None, assignments, flags), adapter
     if best:
         raise ConfigError(f"--best: {target} is not a run")

@@ -41,6 +41,18 @@ class RewardError(UserError):
     exit_code = 1
 
 
+class NonFiniteError(UserError):
+    """A log-prob, the loss or the gradient is NaN or infinite; no step was taken on it."""
+
+    exit_code = 1
+
+
+class DamageError(UserError):
+    """A file of a run is not what was written."""
+
+    exit_code = 1
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the candidate closest to `word`, or `""` when none is close."""
     matches = difflib.get_close_matches(word, list(candidates), n=1)

@@ -85,11 +85,10 @@ def open_pool(config: Config) -> Pool | None:
     return pool
 
 
-def check_pool(pool: Pool | None, was: int | None) -> None:
+def check_pool(now: int | None, was: int | None) -> None:
     """Raises ConfigError where a resumed run's pool has not as many groups as it `was` begun with:
     their order would be another one.
     """
-    now = None if pool is None else len(pool)
     if now != was:
         raise ConfigError(
             f"--resume: the pool has {now} groups, and the run was started with {was}: "

@@ -234,6 +234,10 @@ class EvalConfig(Section):
     batch_size: Positive | Auto = "auto"
     """Completions decoded at once; auto leaves it to the memory plan."""
 
+    def is_due_after(self, step: int, last: int) -> bool:
+        """Whether there is an evaluation after that step of a run of `last` steps."""
+        return bool(self.every) and (step % self.every == 0 or step == last)
+
     @model_validator(mode="after")
     def _something_to_compare(self) -> EvalConfig:
         if self.metric_for_best and not self.every:
@@ -261,10 +265,21 @@ class RunConfig(Section):
     output: str = "runs/grpo"
     """The run directory."""
     save_every: Annotated[int, Field(ge=0)] = 50
-    """Steps between checkpoints; 0: only at the end or when stopped."""
+    """Steps between checkpoints that stay; 0: none do but the newest."""
     keep_last: Positive = 2
-    """Checkpoints that are kept."""
+    """Of those, how many; besides them the two newest of any step."""
+    resume_every: Positive = 1
+    """Optimizer steps after which a run is saved, so that one that is killed repeats no more."""
+    max_discarded: Annotated[int, Field(ge=0)] = 3
+    """Batches in a row that may come to nothing, because a number is NaN or infinite."""
+    check_every: Annotated[int, Field(ge=0)] = 25
+    """Steps between checks that base and reference are what was loaded; 0: at the end alone."""
     log_rollouts: Annotated[int, Field(ge=0)] = 8
     """Rollouts of each step that are written to rollouts.jsonl."""
     tensorboard: bool = False
     """Write TensorBoard events to OUTPUT/tensorboard."""
+
+    def is_saved_after(self, step: int) -> bool:
+        """Whether adapters and moments are written after that step."""
+        lasting = bool(self.save_every) and step % self.save_every == 0
+        return lasting or step % self.resume_every == 0

@@ -10,7 +10,7 @@ import torch
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.objective import Objective
-from lowmem_grpo.grpo.optimizer import build_optimizer
+from lowmem_grpo.grpo.optimizer import build_optimizer, learning_rate_at
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.policy.base import AdapterSettings, Policy
@@ -27,6 +27,7 @@ __all__ = [
     "check_prompts",
     "choose",
     "evaluation_settings",
+    "learning_rate_of",
     "open_optimizer",
     "open_policy",
     "open_rewards",
@@ -104,6 +105,18 @@ def open_optimizer(config: Config, parameters: list):
         betas=(o.adam_beta1, o.adam_beta2),
         eps=o.adam_epsilon,
         weight_decay=o.weight_decay,
+    )
+
+
+def learning_rate_of(config: Config, step: int) -> float:
+    """Of a step, from 1 on."""
+    o = config.optimizer
+    return learning_rate_at(
+        step,
+        base=o.learning_rate,
+        schedule=o.lr_scheduler_type,
+        warmup_steps=o.warmup_steps,
+        total_steps=config.run.steps,
     )
 
 

@@ -92,6 +92,7 @@ def load_optimizer_state(optimizer, names: list[str], flat: dict[str, torch.Tens
         return
     # In place, into bitsandbytes' own buffers: its `load_state_dict` would move paged ones to CUDA.
     parameters = _parameters(optimizer)
+    optimizer.state.clear()
     for i, entries in state.items():
         optimizer.init_state(optimizer.param_groups[0], parameters[i], 0, i)
         own = optimizer.state[parameters[i]]

@@ -7,15 +7,16 @@ is the gradient of the step.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 
+from lowmem_grpo.errors import NonFiniteError
 from lowmem_grpo.grpo.objective import Objective, ObjectiveInputs
 from lowmem_grpo.grpo.packing import PackedBatch, store_old, store_reference
 
 __all__ = [
-    "NonFiniteError",
     "Scored",
     "Scoring",
     "UpdateStats",
@@ -23,10 +24,6 @@ __all__ = [
     "apply_update",
     "score_reference",
 ]
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or a gradient is NaN or infinite; the step was not applied."""
 
 
 class Scored(NamedTuple):
@@ -99,7 +96,9 @@ def score_reference(
     scoring: Scoring,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> int:
-    """Write the reference's log-probs into the rollouts; returns the trunk tokens it took."""
+    """Write the reference's log-probs into the rollouts; returns the trunk tokens it took. Raises
+    NonFiniteError, with nothing written.
+    """
     found = []
     for batch in batches:
         with policy.as_reference():
@@ -107,6 +106,9 @@ def score_reference(
         found.append(logprobs_N.cpu())
         advance(batch.tokens)
     # All at the end: a run that fails half-way is saved, and must not hold half of the numbers.
+    for place, logprobs_N in enumerate(found, 1):
+        if not isfinite(sum(logprobs_N.tolist())):
+            raise NonFiniteError(_where("the reference's log-probs are", place, batches))
     for batch, logprobs_N in zip(batches, found, strict=True):
         store_reference(batch, logprobs_N)
     return sum(batch.tokens for batch in batches)
@@ -130,12 +132,12 @@ def accumulate(
     before the policy's: what is needed of it are hidden states, and those of a phase before would
     have to lie on the host, and in checkpoints. `tokens_trunk` counts the policy's alone. Where
     the trainer is the old policy, the log-probs of the first update on a batch are kept in its
-    rollouts.
+    rollouts. Raises NonFiniteError after the micro-batch whose log-probs or loss are not finite.
     """
     stats, found = UpdateStats(), []
     scoring = replace(scoring, entropy_gradient=objective.entropy_coef != 0.0)
     tokens = sum(batch.kept for batch in batches)
-    for cpu_batch in batches:
+    for place, cpu_batch in enumerate(batches, 1):
         batch, reference_ND = cpu_batch.to(policy.device), None
         if objective.exact:
             with policy.as_reference():
@@ -164,9 +166,16 @@ def accumulate(
         if not batch.old_is_known:
             found.append((cpu_batch, old_N.cpu()))
         sums["loss"], sums["entropy"] = loss.detach(), scored.entropies_N.detach().sum()
+        sums["finite"] = scored.logprobs_N.detach().isfinite().all()
         # One transfer for all the numbers of a micro-batch: each waits for the device.
-        values = torch.stack([sums[name].float() for name in sums]).tolist()
-        for name, value in zip(sums, values, strict=True):
+        values = dict(
+            zip(sums, torch.stack([x.float() for x in sums.values()]).tolist(), strict=True)
+        )
+        if not values.pop("finite"):
+            raise NonFiniteError(_where("the policy's log-probs are", place, batches))
+        if not isfinite(values["loss"]):
+            raise NonFiniteError(_where("the loss is", place, batches))
+        for name, value in values.items():
             stats.sums[name] = stats.sums.get(name, 0.0) + value
         stats.tokens_scored += batch.targets_N.numel()
         stats.tokens_trunk += batch.tokens
@@ -175,6 +184,10 @@ def accumulate(
         store_old(batch, old_N)
     stats.loss = stats.sums.pop("loss", 0.0)
     return stats
+
+
+def _where(what: str, place: int, batches: list[PackedBatch]) -> str:
+    return f"{what} NaN or infinite in micro-batch {place} of {len(batches)}"
 
 
 def apply_update(
@@ -206,7 +219,7 @@ def apply_update(
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True).item()
     if scaler is None and not norm < float("inf"):
         optimizer.zero_grad()
-        raise NonFiniteError(f"the gradient norm is {norm}: the step was not applied")
+        raise NonFiniteError(f"the gradient norm is {norm}")
     before = [p.detach().clone() for p in parameters]
     if scaler is None:
         optimizer.step()

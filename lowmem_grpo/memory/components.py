@@ -5,11 +5,7 @@ The plan's "other" is what none of the rules below can place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-
-__all__ = ["COMPONENTS", "component", "kept_component", "named_tensors"]
+__all__ = ["COMPONENTS", "component", "kept_component"]
 
 COMPONENTS = (
     "base_weights", "adapters", "optimizer", "kv_cache", "checkpoints", "activations", "logits",
@@ -52,15 +48,3 @@ def kept_component(
     if before == "activations" and recomputed and not inside:
         return "checkpoints"
     return before
-
-
-def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by name, with the tensors of 4-bit weights' quantisation state."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield name, tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            for field, value in vars(state).items():
-                if isinstance(value, torch.Tensor):
-                    yield f"{name}.{field}", value
-            state = getattr(state, "state2", None)

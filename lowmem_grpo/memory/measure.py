@@ -25,7 +25,8 @@ from lowmem_grpo.memory.phases import PHASES
 from lowmem_grpo.memory.shapes import Batch, Shapes, Wave, groups_of, packed
 from lowmem_grpo.memory.simulate import add_up
 from lowmem_grpo.memory.timeline import timeline
-from lowmem_grpo.memory.trace import Recorder, named_tensors
+from lowmem_grpo.memory.trace import Recorder
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.rollout.groups import end_token_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling

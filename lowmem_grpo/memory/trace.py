@@ -38,9 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.backward import ACCUMULATING, OF_NO_ORDER, is_accumulation, running_node
-from lowmem_grpo.memory.components import component, kept_component, named_tensors
+from lowmem_grpo.memory.components import component, kept_component
+from lowmem_grpo.policy.integrity import named_tensors
 
-__all__ = ["OUTSIDE", "Recorder", "layer_number", "named_tensors", "phase", "trace"]
+__all__ = ["OUTSIDE", "Recorder", "layer_number", "phase", "trace"]
 
 OUTSIDE = -1
 """The layer of what happens outside of all layers."""
@@ -48,7 +49,6 @@ OUTSIDE = -1
 
 class _Live:
     """An allocation: its bytes, its place in the events, the watch over it, whether it ended.
-
     `heir`: what autograd made of it only because it is being watched.
     """
 

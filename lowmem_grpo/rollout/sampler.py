@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lowmem_grpo.errors import ModelError
+from lowmem_grpo.errors import NonFiniteError
 from lowmem_grpo.rollout.cache import Prefill, WaveCache
 from lowmem_grpo.rollout.sampling import Sampling, choose
 
@@ -124,7 +124,7 @@ def _decode(
             if place in ended:
                 continue
             if math.isnan(logprob):
-                raise ModelError(
+                raise NonFiniteError(
                     f"the model's logits are not finite in {policy.dtype}: "
                     "use another model.compute_dtype"
                 )

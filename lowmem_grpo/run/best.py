@@ -4,17 +4,19 @@ format, with best.json beside it, from which a resumed run goes on comparing.
 Of equally good ones the first is kept, so the base itself where training never beat it.
 """
 
-import json
 import shutil
+from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.checksum import checksums, damage, sealed, unsealed
+from lowmem_grpo.errors import DamageError
 from lowmem_grpo.run.checkpoint import save_adapter
-from lowmem_grpo.run.directory import RunDirectory, replace_directory, write_atomic
+from lowmem_grpo.run.directory import PARTIAL, RunDirectory, replace_directory, write_atomic
 from lowmem_grpo.sections import EvalConfig
 
-__all__ = ["BEST", "Best"]
+__all__ = ["BEST", "FILE", "Best", "read_best"]
 
-BEST = "best"
+BEST, FILE = "best", "best.json"
 
 
 class Best:
@@ -27,9 +29,8 @@ class Best:
         self._run, self._metric = run, settings.metric_for_best
         self._how = settings.model_dump(mode="json", exclude={"every", "batch_size"})
         self._most = None
-        file = run / BEST / "best.json"
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
+        if (run / BEST / FILE).is_file():
+            kept = read_best(run / BEST)
             if kept["how"] == self._how and kept["step"] <= step:
                 self._most = kept["value"]
 
@@ -42,11 +43,22 @@ class Best:
         value = summary[self._metric]
         if self._most is not None and value <= self._most:
             return False
-        partial = self._run / f".{BEST}.partial"
+        partial = self._run / f".{BEST}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         save_adapter(partial, policy, base_name)
         document = {"step": step, "metric": self._metric, "value": value, "how": self._how}
-        write_atomic(partial / "best.json", json.dumps(document))
+        write_atomic(partial / FILE, sealed({**document, "files": checksums(partial)}))
         replace_directory(partial, self._run / BEST)
         self._most = value
         return True
+
+
+def read_best(directory: Path) -> dict[str, Any]:
+    """`best.json`. Raises DamageError where it, or a file beside it, is not what was written."""
+    try:
+        document = unsealed((directory / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{directory / FILE}: {error}") from error
+    if problem := damage(directory, document["files"]):
+        raise DamageError(f"{directory}: {problem}")
+    return document

@@ -12,9 +12,9 @@ ROWS = 10  # of the table of rewards
 OUTPUT = "run", "output"  # a path of the machine it ran on
 
 
-def model_card(run_path: Path, config, what: str, step: int | None = None) -> str:
+def model_card(run_path: Path, config, what: str, step: int) -> str:
     """The card of `what` was exported ("LoRA adapter", "merged 16-bit model") from a run, as it was
-    after `step`; None: at its end.
+    after `step`.
     """
     metrics = _lines(run_path / "metrics.jsonl", step)
     evaluations = _lines(run_path / "eval.jsonl", step)
@@ -67,6 +67,6 @@ def _settings(config) -> list[str]:
     ]
 
 
-def _lines(path: Path, step: int | None) -> list[dict[str, Any]]:
+def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     found = list(read_lines(path)) if path.is_file() else []
-    return [record for record in found if step is None or record["step"] <= step]
+    return [record for record in found if record["step"] <= step]

@@ -1,14 +1,20 @@
-"""Checkpoints: everything a run is after a step, in safetensors and JSON.
+"""Checkpoints: everything a run is between two phases, in safetensors and JSON.
 
-A checkpoint is written into a hidden directory and renamed when it is complete. It holds the
-adapters, the optimizer's moments, the reference if it is one that moves, and a state: the step, the
-gradient scaler, and the groups in hand (those that were sampled but not yet fully trained on), so
-that a run stopped anywhere goes on with the very same tokens. Random numbers need no saving: they
-are functions of (seed, step, problem, rollout).
+    checkpoints/step-000047/   adapters, moments, the reference if it is one that moves; state.json
+
+The tensors change with an optimizer step only. So a step's directory is written once, hidden, and
+renamed when it is complete; after each phase `state.json` alone is replaced, with the groups in
+hand (those that were sampled but not yet fully trained on). A run that was killed anywhere goes on
+with the very same tokens, and repeats one phase at most. Random numbers need no saving: they are
+functions of (seed, step, problem, rollout).
+
+`state.json` has the sha256 of the files beside it, and its own: what is not what was written is not
+resumed from.
 """
 
-import json
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,47 +23,40 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lowmem_grpo.checksum import checksums, damage, sealed, unsealed
+from lowmem_grpo.config import Config
 from lowmem_grpo.curriculum import Rates
-from lowmem_grpo.errors import ConfigError, ModelError
+from lowmem_grpo.errors import ConfigError, DamageError, ModelError, PlanError
 from lowmem_grpo.grpo.optimizer import load_optimizer_state, optimizer_state
 from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.run.directory import (
+    PARTIAL,
     RunDirectory,
-    read_document,
     replace_directory,
-    sync_directory,
+    sync_file,
     write_atomic,
 )
 from lowmem_grpo.tasks.base import Problem
 
 __all__ = [
-    "State",
-    "check_same_mathematics",
-    "latest",
-    "load_checkpoint",
-    "read_adapter",
-    "read_group",
-    "save_adapter",
-    "save_checkpoint",
-]
+    "SEALS", "Checkpoints", "State", "load_checkpoint", "load_tensors", "newest_sound",
+    "read_adapter", "read_group", "read_state", "save_adapter", "save_final",
+]  # fmt: skip
 
-FORMAT = 1
-# What may differ on resume: where files go, how memory is used, how long, and what is looked at.
-_FREE_SECTIONS = ("memory", "eval")
-_FREE_KEYS = {
-    "run": ("output", "steps", "save_every", "keep_last", "log_rollouts", "tensorboard"),
-    "model": ("device", "attention"),
-}
+FORMAT = 2
+FALL_BACK = 2  # newest ones that stay in any case: one to go on from, one if that is damaged
+SEALS = "checksums.json"
 
 
 @dataclass
 class State:
     """`step`: optimizer steps done. `batch`: batches begun. `problems`: problems drawn. `groups`:
-    the batch in hand, or None.
+    the batch in hand, or None. `evaluated`: the step after which was evaluated last, -1 for none.
 
     Of the batch in hand: `iteration`, optimizer steps already taken on it; `rounds` of sampling;
     `groups_away` and their `tokens_away`, groups that made way for others. `rates`: see
-    curriculum.py. `pool`: groups of the pool that is trained on, if one is.
+    curriculum.py. `pool`: groups of the pool that is trained on, if one is. `discarded`: batches
+    that came to nothing since the last step. `base`: the digest of the base's weights.
     """
 
     step: int = 0
@@ -67,64 +66,196 @@ class State:
     rounds: int = 0
     groups_away: int = 0
     tokens_away: int = 0
+    evaluated: int = -1
     groups: list[Group] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
     rates: Rates = field(default_factory=Rates)
     pool: int | None = None
+    discarded: int = 0
+    base: str = ""
 
 
-def save_checkpoint(
-    run: RunDirectory, state: State, policy, optimizer, config, base_name: str
-) -> Path:
-    """Write `checkpoints/step-NNNNNN`, replacing one of that step, and drop the oldest beyond
-    `run.keep_last`.
-    """
-    folder = run / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"step-{state.step:06d}"
-    partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(partial, policy, base_name)
-    names = list(policy.adapter_parameters())
-    save_file(
-        optimizer_state(optimizer, names), partial / "optimizer.safetensors", {"format": "pt"}
-    )
-    if reference := policy.reference_state():
-        save_file(reference, partial / "reference.safetensors", {"format": "pt"})
-    document = {
-        "format": FORMAT,
-        **{k: v for k, v in vars(state).items() if k not in ("groups", "rates")},
-        "rates": asdict(state.rates),
-        "groups": None if state.groups is None else [asdict(group) for group in state.groups],
-        "compute_dtype": str(policy.dtype).removeprefix("torch."),
-        "config": config.model_dump(mode="json"),
-    }
-    write_atomic(partial / "state.json", json.dumps(document, allow_nan=False))
-    replace_directory(partial, target)
-    for old in _complete(folder)[: -config.run.keep_last]:
-        shutil.rmtree(old)
-    return target
+class Checkpoints:
+    """Those of one run, while it trains. `resumed`: the one that its state was loaded from."""
+
+    def __init__(
+        self, run: RunDirectory, policy, optimizer, base_name: str, resumed: Path | None = None
+    ):
+        self._folder = run / "checkpoints"
+        self._policy, self._optimizer, self._base_name = policy, optimizer, base_name
+        # The step whose tensors are on the disk, and their checksums.
+        self._step, self._files = -1, {}
+        if resumed is not None:
+            document = read_state(resumed)
+            self._step, self._files = document["step"], document["files"]
+            for path in _all(self._folder):
+                if _step(path) > self._step:  # it is damaged: `newest_sound` has looked at it
+                    aside = path.with_name(f"damaged-{path.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        self._seconds = 0.0
+
+    def save(self, state: State, config: Config) -> Path:
+        """Write the state, and the tensors where those of its step are not there yet; drop what
+        `run.keep_last` does not keep.
+        """
+        begun = time.perf_counter()
+        target = self._folder / _name(state.step)
+        if self._step == state.step:
+            write_atomic(target / "state.json", self._document(state, config))
+        else:
+            self._folder.mkdir(exist_ok=True)
+            partial = target.with_name(f".{target.name}{PARTIAL}")
+            try:
+                self._write(partial, state, config)
+            except (OSError, SafetensorError):
+                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+                raise
+            replace_directory(partial, target)
+            self._step = state.step
+            self._prune(config)
+        self._seconds += time.perf_counter() - begun
+        return target
+
+    def keep_up(self, state: State, config: Config) -> None:
+        """A phase is over: write the state, where the tensors that it goes with are on the disk."""
+        if self._step == state.step:
+            self.save(state, config)
+
+    def restore(self, state: State) -> None:
+        """Put the tensors of the state's step back as they are on the disk. Raises PlanError where
+        they are not there.
+        """
+        if self._step != state.step:
+            raise PlanError(
+                "out of memory in the optimizer's step, with the adapters of the step before not "
+                "on the disk to begin it again: use run.resume_every = 1"
+            )
+        load_tensors(self._folder / _name(state.step), self._policy, self._optimizer)
+
+    def take_seconds(self) -> float:
+        """What saving took since this was last asked."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def _write(self, partial: Path, state: State, config: Config) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(partial, self._policy, self._base_name)
+        moments = optimizer_state(self._optimizer, list(self._policy.adapter_parameters()))
+        _save_tensors(partial / "optimizer.safetensors", moments)
+        if reference := self._policy.reference_state():
+            _save_tensors(partial / "reference.safetensors", reference)
+        self._files = checksums(partial)
+        write_atomic(partial / "state.json", self._document(state, config))
+
+    def _document(self, state: State, config: Config) -> str:
+        plain = {k: v for k, v in vars(state).items() if k not in ("groups", "rates")}
+        return sealed(
+            {
+                "format": FORMAT,
+                **plain,
+                "rates": asdict(state.rates),
+                "groups": state.groups and [asdict(group) for group in state.groups],
+                "compute_dtype": str(self._policy.dtype).removeprefix("torch."),
+                "config": config.model_dump(mode="json"),
+                "files": self._files,
+            }
+        )
+
+    def _prune(self, config: Config) -> None:
+        found, every = _all(self._folder), config.run.save_every
+        lasting = [path for path in found if every and _step(path) and _step(path) % every == 0]
+        kept = {*found[-FALL_BACK:], *lasting[-config.run.keep_last :]}
+        for path in found:
+            if path not in kept:
+                gone = path.with_name(f".{path.name}.gone{PARTIAL}")
+                path.rename(gone)  # so that a half of it is never seen
+                shutil.rmtree(gone)
+        for left in self._folder.glob(f".*{PARTIAL}"):  # of a process that was killed
+            shutil.rmtree(left)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, sound or not, the oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=_step)
 
 
 def save_adapter(directory: Path, policy, base_name: str) -> None:
     """Write the adapters in PEFT's format, over `base_name`, into `directory`."""
     directory.mkdir(exist_ok=True)
     policy.save_adapter_config(directory, base_name)
-    partial = directory / ".adapter_model.partial"
-    save_file(policy.adapter_state(), partial, {"format": "pt"})
-    partial.replace(directory / "adapter_model.safetensors")
-    sync_directory(directory)
+    sync_file(directory / "adapter_config.json")
+    _save_tensors(directory / "adapter_model.safetensors", policy.adapter_state())
 
 
-def latest(run_path: Path) -> Path | None:
-    """The newest complete checkpoint of a run directory."""
-    found = _complete(run_path / "checkpoints")
-    return found[-1] if found else None
+def save_final(directory: Path, policy, base_name: str, step: int) -> None:
+    """The adapters as `save_adapter` writes them, with their step and checksums, in place of what
+    is at `directory`.
+    """
+    partial = directory.with_name(f".{directory.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(partial, policy, base_name)
+    write_atomic(partial / SEALS, sealed({"step": step, "files": checksums(partial)}))
+    replace_directory(partial, directory)
+
+
+def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, {"format": "pt"})
+    sync_file(path)
+
+
+def newest_sound(run_path: Path, warn: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest checkpoint of a run directory that is what was written; None where there is none
+    at all. `warn` is told of each newer one that is not, and why. Raises DamageError where none is
+    sound.
+    """
+    found = _all(run_path / "checkpoints")
+    for path in reversed(found):
+        try:
+            read_state(path)
+            return path
+        except DamageError as error:
+            warn(f"not used: {error}")
+    if found:
+        raise DamageError(
+            f"no checkpoint in {run_path} is sound (the newest: {found[-1].name}): "
+            "bring one back, or begin again with --overwrite"
+        )
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises DamageError where it, or a file beside it, is not what
+    was written.
+    """
+    try:
+        document = unsealed((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DamageError(f"{path}: state.json: {reason}") from error
+    if document.get("format") != FORMAT:
+        raise DamageError(
+            f"{path} has format {document.get('format')}, this version reads {FORMAT}"
+        )
+    if document["step"] != _step(path):
+        raise DamageError(f"{path} is of step {document['step']}")
+    if problem := damage(path, document["files"]):
+        raise DamageError(f"{path}: {problem}")
+    return document
 
 
 def load_checkpoint(path: Path, policy, optimizer) -> State:
-    """Put adapters and moments in place and return the state. Raises ModelError for a file that
-    does not fit.
+    """Put adapters and moments in place and return the state. Raises DamageError as `read_state`,
+    ModelError and ConfigError for what does not fit.
     """
     document = read_state(path)
     dtype = str(policy.dtype).removeprefix("torch.")
@@ -133,22 +264,21 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
             f"{path} was trained in {document['compute_dtype']}, and this is {dtype}: "
             f"use --set model.compute_dtype={document['compute_dtype']}"
         )
+    load_tensors(path, policy, optimizer)
+    groups = document["groups"]
+    whole = {"groups": groups and [read_group(g) for g in groups], "rates": document["rates"]}
+    whole["rates"] = Rates(**whole["rates"])
+    plain = {name: document[name] for name in vars(State()) if name not in whole}
+    return State(**plain, **whole)
+
+
+def load_tensors(path: Path, policy, optimizer) -> None:
+    """Put adapters, moments and a reference that moves in place. Raises ModelError."""
     policy.load_adapter_state(read_adapter(path))
     if policy.reference_state():
         policy.load_reference_state(_read_tensors(path / "reference.safetensors"))
     moments = _read_tensors(path / "optimizer.safetensors")
     load_optimizer_state(optimizer, list(policy.adapter_parameters()), moments)
-    groups = document["groups"]
-    # Of a checkpoint from before there was dynamic sampling: as many as the batches had.
-    each = document["config"]["rollout"]["problems_per_step"]
-    older = {"problems": document["batch"] * each, "rounds": 1, "groups_away": 0, "tokens_away": 0}
-    older["pool"] = None
-    numbers = {name: document[name] for name in ("step", "batch", "iteration", "scaler")}
-    numbers |= {name: document.get(name, value) for name, value in older.items()}
-    rates = Rates(**document.get("rates", {}))
-    return State(
-        **numbers, rates=rates, groups=None if groups is None else [read_group(g) for g in groups]
-    )
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -161,40 +291,6 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises ModelError for one that cannot be read."""
-    return read_document(path / "state.json", FORMAT, ModelError)
-
-
-def check_same_mathematics(path: Path, config) -> None:
-    """Raises ConfigError naming the first setting whose change would make the resumed run another
-    run.
-    """
-    saved, current = read_state(path)["config"], config.model_dump(mode="json")
-    for section, entries in current.items():
-        if section in _FREE_SECTIONS:
-            continue
-        for key, value in entries.items():
-            # A setting that there was not yet, when the run was started, was as it is by default.
-            default = type(getattr(config, section)).model_fields[key].default
-            was = saved.get(section, {}).get(key, default)
-            if key not in _FREE_KEYS.get(section, ()) and was != value:
-                raise ConfigError(
-                    f"--resume: {section}.{key} is {value!r}, and the run was started with "
-                    f"{was!r}: go back to that, or start another run with another --output"
-                )
-    schedule = current["optimizer"]["lr_scheduler_type"]
-    if schedule != "constant" and saved["run"]["steps"] != current["run"]["steps"]:
-        raise ConfigError(
-            f"--resume: the {schedule} schedule depends on run.steps, which was "
-            f"{saved['run']['steps']}: use --steps {saved['run']['steps']}"
-        )
-
-
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
 def read_group(data: dict[str, Any]) -> Group:

@@ -2,9 +2,10 @@
 
 A file of a run is whole or not there: it is written beside its name, synced, and renamed.
 `metrics.jsonl` and the other line files are appended to; a line that was cut off is dropped when
-the run is resumed.
+the run is resumed. Links are not followed: a directory that somebody else made may have some.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -14,12 +15,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowmem_grpo.errors import ConfigError, UserError
+from lowmem_grpo.errors import ConfigError, DamageError, UserError
 
 __all__ = [
     "RunDirectory", "check_directory", "read_document", "read_lines", "replace_directory",
-    "sync_directory", "write_atomic",
+    "sync_directory", "sync_file", "write_atomic",
 ]  # fmt: skip
+
+LOCK, PARTIAL = "run.lock", ".partial"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 class RunDirectory:
@@ -34,7 +38,7 @@ class RunDirectory:
         taken = check_directory(path, resume=resume, overwrite=overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / "run.lock")
+            self._lock = FileLock(self.path / LOCK)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(f"another process is training in {self.path}") from None
@@ -58,10 +62,14 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add one JSON object as a line to a file."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    def append(self, name: str, *records: dict[str, Any]) -> None:
+        """Add JSON objects as lines to a file."""
+        lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with open(os.open(self.path / name, flags, 0o666), "a", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a line file; none where there is no file."""
@@ -73,17 +81,21 @@ class RunDirectory:
         off.
         """
         path = self.path / name
-        if path.is_file():
-            kept = [
-                json.dumps(r, ensure_ascii=False) + "\n"
-                for r in read_lines(path)
-                if r["step"] <= step
-            ]
-            write_atomic(path, "".join(kept))
+        if not path.is_file():
+            return
+        kept = []
+        for record in read_lines(path):
+            if not isinstance(record.get("step"), int):
+                raise DamageError(f"a line of {path} has no step: mend or remove it")
+            if record["step"] <= step:
+                kept.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_atomic(path, "".join(kept))
 
     def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name == "run.lock":
+        # Its config.toml last: without it, what is left would be nobody's.
+        entries = sorted(self.path.iterdir(), key=lambda entry: entry.name == "config.toml")
+        for entry in entries:
+            if entry.name == LOCK:
                 continue
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
@@ -99,7 +111,7 @@ def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
         raise ConfigError(f"--resume: {path} holds no run (it has no config.toml)")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path} is a file: name a directory")
-    taken = path.is_dir() and any(p.name != "run.lock" for p in path.iterdir())
+    taken = path.is_dir() and not all(_is_nothing(entry.name) for entry in path.iterdir())
     if taken and not resume and not overwrite:
         raise ConfigError(f"{path} exists: --resume continues it, --overwrite replaces it")
     if taken and overwrite and not resume and not (path / "config.toml").is_file():
@@ -107,13 +119,26 @@ def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
     return taken
 
 
+def _is_nothing(name: str) -> bool:
+    """Of a run that was killed before it began."""
+    return name == LOCK or (name.startswith(".") and name.endswith(PARTIAL))
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a line file; stops at a last line that was cut off."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
+    """The objects of a line file; stops at a last line that was cut off. Raises DamageError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DamageError(
+                    f"line {number} of {path} is damaged ({error}): mend or remove it"
+                ) from error
+            if not isinstance(record, dict):
+                raise DamageError(f"line {number} of {path} is not an object: mend or remove it")
+            yield record
 
 
 def read_document(path: Path, version: int, error: type[UserError]) -> dict[str, Any]:
@@ -130,8 +155,9 @@ def read_document(path: Path, version: int, error: type[UserError]) -> dict[str,
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all, surviving a crash right after."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial.unlink(missing_ok=True)  # of a process that was killed; or a link
+    with partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -141,12 +167,36 @@ def write_atomic(path: Path, text: str) -> None:
 
 def replace_directory(partial: Path, target: Path) -> None:
     """Put a complete directory in the place of `target`, which may be there."""
-    replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists():
+    sync_directory(partial)
+    if target.is_symlink():
+        target.unlink()
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        replaced = target.with_name(f".{target.name}.replaced{PARTIAL}")
+        shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-    partial.rename(target)
+        partial.rename(target)
+        partial = replaced
     sync_directory(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change names at once, so that there is no moment without either. False
+    where the system cannot (other than Linux, some file systems).
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's contents durable, which something else wrote."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

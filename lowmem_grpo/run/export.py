@@ -1,44 +1,63 @@
 """Taking a trained adapter out of a run, in PEFT's format."""
 
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lowmem_grpo.errors import ConfigError
-from lowmem_grpo.run.best import BEST
-from lowmem_grpo.run.checkpoint import latest, read_state
+from lowmem_grpo.checksum import damage, unsealed
+from lowmem_grpo.errors import ConfigError, DamageError
+from lowmem_grpo.run.best import BEST, FILE, read_best
+from lowmem_grpo.run.checkpoint import SEALS, newest_sound, read_state
 
 __all__ = ["adapter_directory", "check_output", "export_adapter", "exported_step"]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def adapter_directory(run_path: Path, best: bool = False) -> Path:
-    """Where a run's adapter is: the final one, else the newest checkpoint's; or the `best`. Raises
-    ConfigError for none.
+def adapter_directory(
+    run_path: Path, best: bool = False, warn: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Where a run's adapter is: the final one, or the newest sound checkpoint's where a run goes on
+    or has not ended; or the `best`. `warn`: see `newest_sound`. Raises ConfigError for none,
+    DamageError for one that is damaged.
     """
     if not (run_path / "config.toml").is_file():
         raise ConfigError(f"{run_path} is not a run directory (it has no config.toml)")
     if best:
-        if not (run_path / BEST / "best.json").is_file():
+        if not (run_path / BEST / FILE).is_file():
             raise ConfigError(f"{run_path} has no best adapter: train with --metric-for-best")
+        read_best(run_path / BEST)
         return run_path / BEST
     final = run_path / "adapter"
-    if all((final / name).is_file() for name in _FILES):
-        return final
-    checkpoint = latest(run_path)
-    if checkpoint is None:
+    reached = _read_final(final)["step"] if final.is_dir() else -1
+    checkpoint = newest_sound(run_path, warn)
+    if checkpoint is not None and read_state(checkpoint)["step"] > reached:
+        return checkpoint
+    if reached < 0:
         raise ConfigError(f"{run_path} has no adapter yet: no checkpoint was written")
-    return checkpoint
+    return final
 
 
-def exported_step(adapter: Path) -> int | None:
-    """The step after which the adapter of `adapter_directory` was saved; None: the run's last. Of a
-    run that was killed there may be lines of later steps than its newest checkpoint.
+def _read_final(directory: Path) -> dict[str, Any]:
+    try:
+        document = unsealed((directory / SEALS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{directory / SEALS}: {error}") from error
+    if problem := damage(directory, document["files"]):
+        raise DamageError(f"{directory}: {problem}; --resume writes it again")
+    return document
+
+
+def exported_step(adapter: Path) -> int:
+    """The step after which the adapter of `adapter_directory` was saved. Of a run that was killed
+    there may be lines of later steps than its newest checkpoint.
     """
-    if (adapter / "best.json").is_file():
-        return json.loads((adapter / "best.json").read_text(encoding="utf-8"))["step"]
-    return read_state(adapter)["step"] if (adapter / "state.json").is_file() else None
+    if (adapter / FILE).is_file():
+        return read_best(adapter)["step"]
+    if (adapter / SEALS).is_file():
+        return _read_final(adapter)["step"]
+    return read_state(adapter)["step"]
 
 
 def check_output(output: Path) -> None:

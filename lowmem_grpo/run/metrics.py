@@ -1,6 +1,7 @@
 """One record a step: what is in it, and where it goes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from math import expm1, isfinite
 from statistics import fmean, stdev
 from typing import Any
@@ -8,41 +9,44 @@ from typing import Any
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.grpo.update import UpdateStats
 from lowmem_grpo.rollout.types import Group
+from lowmem_grpo.run.checkpoint import State
 from lowmem_grpo.run.directory import RunDirectory
 from lowmem_grpo.run.meter import Meter
+from lowmem_grpo.sections import RunConfig
 
 __all__ = ["MetricsWriter", "step_record"]
 
 
 def step_record(
+    state: State,
     *,
-    step: int,
-    iteration: int,
-    groups: list[Group],
-    away: tuple[int, int],
     stats: UpdateStats,
-    skipped: int,
+    trained: int,
     grad_norm: float,
     adapter_change: float,
     learning_rate: float,
     meter: Meter,
     base_samples: bool = False,
     from_pool: bool = False,
+    out_of_memory: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The record of one optimizer step (interfaces: `metrics.jsonl`).
+    """The record of one optimizer step, which was taken from `state` (interfaces: `metrics.jsonl`).
+    `trained`: rollouts that took part.
 
     Means over tokens are over the tokens that took part in the update. `sampler_kl` is taken in the
     first iteration on a batch, before the update; later the policy has moved, and it is None. None
     also stands for what was not computed: `kl` without a reference, token means when no rollout
     took part. A KL that is taken from rewards is in the advantages alone, and in none of these.
     `constant_rewards`: functions that gave every completion one value.
-    `base_samples`: the base is the old policy; `from_pool`: and sampled before. `away`: groups that
-    made way for others, and their tokens; nothing else counts them.
+    `base_samples`: the base is the old policy; `from_pool`: and sampled before. Nothing but
+    `groups_replaced` and `tokens_replaced` counts groups that made way for others, or were
+    discarded. `discarded_batches`: since the step before; `out_of_memory`: see retry.py.
     `reward_failures`: scores that failed, by function and reason; means are without them, and
     `reward_mean` and `reward_std` without the `dropped_rollouts` (unless that leaves none).
-    `seconds["save"]` is of the checkpoint after the step before: a record is written ahead of its
-    own.
+    `seconds["save"]` is of the states since the record before: a record is written ahead of its
+    step's checkpoint.
     """
+    groups, iteration = state.groups, state.iteration
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept = [group.counted_rewards for group in groups]
     kept = kept if any(kept) else [group.rewards for group in groups]
@@ -55,7 +59,7 @@ def step_record(
     first = iteration == 0
     generated = first and not from_pool
     return {
-        "step": step,
+        "step": state.step + 1,
         "iteration": iteration,
         "reward_mean": fmean(reward for rewards in kept for reward in rewards),
         "reward_std": fmean([stdev(rewards) for rewards in kept if len(rewards) > 1] or [0.0]),
@@ -77,12 +81,14 @@ def step_record(
         "sampler_kl": _sampler_kl(groups, stats, base_samples) if first else None,
         "completion_length_mean": fmean(lengths),
         "completion_truncated_fraction": fmean(r.finish_reason == "length" for r in rollouts),
-        "tokens_generated": sum(lengths) + away[1] if generated else 0,
-        "groups_replaced": away[0] if first else 0,
-        "tokens_replaced": away[1] if first else 0,
+        "tokens_generated": sum(lengths) + state.tokens_away if generated else 0,
+        "groups_replaced": state.groups_away if first else 0,
+        "tokens_replaced": state.tokens_away if first else 0,
         "tokens_trained": stats.tokens_scored,
         "tokens_trunk": stats.tokens_trunk,
-        "skipped_rollouts": skipped,
+        "skipped_rollouts": len(rollouts) - trained,
+        "discarded_batches": state.discarded,
+        "out_of_memory": list(out_of_memory),
         "seconds": {name: round(value, 4) for name, value in meter.seconds.items()},
         "memory": meter.memory,
     }
@@ -123,11 +129,11 @@ def _flat(group: Group) -> bool:
 class MetricsWriter:
     """Appends records to the run's files; a context manager."""
 
-    def __init__(self, run: RunDirectory, *, tensorboard: bool, log_rollouts: int):
+    def __init__(self, run: RunDirectory, settings: RunConfig):
         self.run = run
-        self.log_rollouts = log_rollouts
+        self.log_rollouts = settings.log_rollouts
         self.events = None
-        if tensorboard:
+        if settings.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -153,10 +159,10 @@ class MetricsWriter:
         turns = [
             (group, i) for i in range(max(len(g.rollouts) for g in groups)) for group in groups
         ]
+        records = []
         for group, i in turns[: self.log_rollouts]:
             rollout = group.rollouts[i]
-            self.run.append(
-                "rollouts.jsonl",
+            records.append(
                 {
                     "step": step,
                     "problem": group.problem.id,
@@ -169,8 +175,9 @@ class MetricsWriter:
                     "rewards": {name: values[i] for name, values in group.rewards_by_name.items()},
                     "advantage": group.advantages[i],
                     **({"step_advantages": steps[i]} if (steps := group.step_advantages) else {}),
-                },
+                }
             )
+        self.run.append("rollouts.jsonl", *records)
 
     def write_evaluation(self, step: int, summary: dict[str, Any]) -> None:
         """An evaluation during training."""

@@ -32,6 +32,7 @@ def open_policy(
     tile_tokens=7,
     tile_vocab=19,
     target_modules="all-linear",
+    **how,
 ):
     """The model of `directory` on the CPU, with adapters away from their start (where B is zero).
 
@@ -46,6 +47,7 @@ def open_policy(
         seed=0,
         tile_tokens=tile_tokens,
         tile_vocab=tile_vocab,
+        **how,
     )
     move_adapters(policy, 0.1)
     return policy

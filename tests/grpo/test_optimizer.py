@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem_grpo.errors import ConfigError, ModelError
+from lowmem_grpo.errors import ConfigError, ModelError, NonFiniteError
 from lowmem_grpo.grpo.optimizer import (
     build_optimizer,
     learning_rate_at,
     load_optimizer_state,
     optimizer_state,
 )
-from lowmem_grpo.grpo.update import NonFiniteError, apply_update
+from lowmem_grpo.grpo.update import apply_update
 
 # bitsandbytes keeps 8-bit moments for tensors of at least 4096 values, float32 for smaller ones.
 SHAPES = {"a.weight": (64, 80), "b.weight": (16, 7), "c.weight": (67, 63)}

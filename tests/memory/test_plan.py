@@ -24,9 +24,10 @@ from lowmem_grpo.memory.rules import CudaRules
 from lowmem_grpo.memory.settle import settle
 from lowmem_grpo.memory.shapes import Wave, fullest, groups_of, longest, pieces
 from lowmem_grpo.memory.simulate import simulate
-from lowmem_grpo.memory.trace import Recorder, named_tensors
+from lowmem_grpo.memory.trace import Recorder
 from lowmem_grpo.memory.unreal import Values
 from lowmem_grpo.policy.base import AdapterSettings
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.policy.load import load_policy
 from lowmem_grpo.policy.skeleton import read_model_config, skeleton_policy, without_weights
 from lowmem_grpo.profiles import load_profile

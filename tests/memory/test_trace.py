@@ -20,8 +20,9 @@ from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.memory.components import COMPONENTS, component
 from lowmem_grpo.memory.simulate import simulate
-from lowmem_grpo.memory.trace import Recorder, named_tensors, phase, trace
+from lowmem_grpo.memory.trace import Recorder, phase, trace
 from lowmem_grpo.policy.base import AdapterSettings
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.policy.load import load_policy
 from tests.grpo.rollouts import make_groups
 

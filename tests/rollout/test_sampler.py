@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem_grpo.errors import ModelError
+from lowmem_grpo.errors import NonFiniteError
 from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring
 from lowmem_grpo.rollout.sampler import Request, sample
@@ -258,5 +258,5 @@ def test_logits_that_are_not_finite_are_named(policy, monkeypatch):
     monkeypatch.setattr(policy, "logits", lambda hidden: logits(hidden) * np.nan)
     for temperature in (0.0, 1.0):
         sampling = Sampling(temperature=temperature, max_completion_length=3)
-        with pytest.raises(ModelError, match=r"not finite in torch\.float32"):
+        with pytest.raises(NonFiniteError, match=r"not finite in torch\.float32"):
             run(policy, make_requests(policy, [(4, 2)]), sampling)

@@ -103,6 +103,6 @@ def test_a_card_of_a_checkpoint_knows_nothing_of_later_steps(tiny_model_dir, tmp
 
 
 def test_a_card_of_a_run_that_has_only_begun(tmp_path):
-    card = model_card(tmp_path / "sums", build_config([]), "LoRA adapter")
+    card = model_card(tmp_path / "sums", build_config([]), "LoRA adapter", 0)
     assert "0 steps" in card
     assert "Reward" not in card

@@ -8,6 +8,7 @@ import torch
 
 from lowmem_grpo.grpo.update import UpdateStats
 from lowmem_grpo.rollout.types import Group, Rollout
+from lowmem_grpo.run.checkpoint import State
 from lowmem_grpo.run.console import step_line
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.metrics import step_record
@@ -28,11 +29,13 @@ def record(**changes):
         loss=0.5, tokens_scored=6, tokens_trunk=9, sums={"entropy": 12.0, "sampler_kl": 0.6}
     )
     settings = {
-        "step": 1, "iteration": 0, "groups": groups, "stats": stats, "skipped": 2, "grad_norm": 1.0,
-        "adapter_change": 0.1, "learning_rate": 1e-3, "meter": Meter(torch.device("cpu")),
-        "away": (1, 5),
+        "stats": stats, "trained": 2, "grad_norm": 1.0, "adapter_change": 0.1,
+        "learning_rate": 1e-3, "meter": Meter(torch.device("cpu")),
     }  # fmt: skip
-    return step_record(**{**settings, **changes})
+    state = State(groups=groups, groups_away=1, tokens_away=5)
+    for name in vars(state).keys() & changes.keys():
+        setattr(state, name, changes.pop(name))
+    return step_record(state, **{**settings, **changes})
 
 
 def test_means():

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from lowmem_grpo.checksum import sealed, unsealed
 from tests.runs import TINY, assert_same_run, call, metrics, train
 
 # Scores by length so that groups differ; from its third call on it does what the test asks for,
@@ -170,6 +171,10 @@ def test_settings_that_change_the_mathematics_are_refused(tiny_model_dir, tmp_pa
     assert metrics(part)[-1]["step"] == 1
     # How memory is used is free.
     assert call(*again, "--set", "memory.micro_batch_tokens=40").exit_code == 0
+    more = ["train", "--output", part, "--resume", "--steps", "3"]
+    changed = call(*more, "--set", "grpo.beta=0.1", "--allow-changed", "grpo.beta")
+    assert changed.exit_code == 0
+    assert "changed since it was started: grpo.beta" in changed.stderr
 
 
 def test_checkpoints_are_pruned_and_line_files_rewound(tiny_model_dir, tmp_path):
@@ -187,10 +192,10 @@ def test_checkpoints_are_pruned_and_line_files_rewound(tiny_model_dir, tmp_path)
 
 def test_a_run_from_before_a_setting_goes_on_with_its_default(tiny_model_dir, tmp_path):
     train(tiny_model_dir, tmp_path / "run", "--steps", "1")
-    (state,) = (tmp_path / "run/checkpoints").glob("*/state.json")
-    saved = json.loads(state.read_text())
+    state = tmp_path / "run/checkpoints/step-000001/state.json"
+    saved = unsealed(state.read_text())
     assert saved["config"]["grpo"].pop("baseline") == "mean"
-    state.write_text(json.dumps(saved))
+    state.write_text(sealed(saved))
     resumed = ("train", "--output", tmp_path / "run", "--resume", "--steps", "2", "-q")
     refused = call(*resumed, "--set", "grpo.baseline=leave_one_out")
     assert refused.exit_code == 2

@@ -12,7 +12,7 @@ from unittest import mock
 
 import lowmem_grpo.train as loop
 from lowmem_grpo.config import Config
-from lowmem_grpo.memory.components import named_tensors
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.run.console import Console
 
 from .curve import reached

@@ -1,0 +1,58 @@
+"""Going on with a run: the newest checkpoint that is sound, and whether this is still that run."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from lowmem_grpo.config import Config
+from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.policy.integrity import Base
+from lowmem_grpo.pool import check_pool
+from lowmem_grpo.run.changed import changed_mathematics
+from lowmem_grpo.run.checkpoint import State, load_checkpoint, newest_sound, read_state
+from lowmem_grpo.run.console import Console
+
+__all__ = ["Resumed"]
+
+
+class Resumed:
+    """The run in a directory, or a new one for None. `checkpoint`: what it goes on from; None where
+    it is new, or was killed before there was one.
+
+    Raises DamageError where no checkpoint is sound, ConfigError for settings that changed and are
+    not `allowed` to.
+    """
+
+    def __init__(
+        self,
+        run_path: Path | None,
+        config: Config,
+        allowed: Collection[str],
+        console: Console,
+    ):
+        self._config, self._allowed, self._say = config, allowed, console.say
+        self.checkpoint = None if run_path is None else newest_sound(run_path, console.warn)
+        self._changed: list[str] = []
+        if self.checkpoint is not None:
+            saved = read_state(self.checkpoint)["config"]
+            self._changed = changed_mathematics(saved, config, allowed)
+
+    def load(self, policy, optimizer, base: Base, pool_size: int | None) -> State:
+        """Put adapters and moments in place and return the state. Raises ConfigError for another
+        base, or another pool, and as `load_checkpoint` does.
+        """
+        if self.checkpoint is None:
+            return State(pool=pool_size, base=base.digest)
+        state = load_checkpoint(self.checkpoint, policy, optimizer)
+        check_pool(pool_size, state.pool)
+        if base.is_other_than(state.base) and "model.name" not in self._allowed:
+            raise ConfigError(
+                f"--resume: the weights of {self._config.model.name} are not those that the run "
+                "was started with: bring those back, or --allow-changed model.name"
+            )
+        state.base = base.digest
+        self._say(f"resumed from {self.checkpoint} (step {state.step})")
+        if self._changed:
+            lost = "" if state.groups is None else ": the groups in hand are not used"
+            self._say(f"changed since it was started: {', '.join(self._changed)}{lost}")
+            state.groups = None
+        return state

@@ -1,0 +1,158 @@
+"""Checkpoints: what is damaged is not resumed from, what is newest and sound is, and nothing good
+is lost on the way.
+"""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem_grpo.checksum import sealed, unsealed
+from tests.runs import assert_same_run, call, train
+
+STEPS = "4"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, tmp_path_factory):
+    """A run of four steps, and the run that it was after three, without its final adapter."""
+    path = tmp_path_factory.mktemp("whole")
+    train(tiny_model_dir, path / "run", "--steps", STEPS)
+    return path / "run"
+
+
+@pytest.fixture
+def stopped(tiny_model_dir, tmp_path):
+    train(tiny_model_dir, tmp_path / "run", "--steps", "3")
+    return tmp_path / "run"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap(one, other):
+    middle = one.with_name("middle")
+    one.rename(middle)
+    other.rename(one)
+    middle.rename(other)
+
+
+DAMAGE = {
+    "adapter_model.safetensors is not what was written": lambda new, old: flip(
+        new / "adapter_model.safetensors"
+    ),
+    "optimizer.safetensors is missing": lambda new, old: (new / "optimizer.safetensors").unlink(),
+    "state.json: it is not what was written": lambda new, old: flip(new / "state.json"),
+    "state.json: No such file": lambda new, old: (new / "state.json").unlink(),
+    "is of step 2": lambda new, old: swap(new / "state.json", old / "state.json"),
+    "adapter_config.json is not what": lambda new, old: os.truncate(new / "adapter_config.json", 5),
+}
+
+
+@pytest.mark.parametrize("says", DAMAGE)
+def test_the_newest_sound_checkpoint_is_gone_on_from(whole, stopped, says):
+    new, old = (stopped / f"checkpoints/step-00000{n}" for n in (3, 2))
+    DAMAGE[says](new, old)
+    result = call("train", "--output", stopped, "--resume", "--steps", STEPS)
+    if says == "is of step 2":  # of which both have suffered
+        assert result.exit_code == 1
+        assert "no checkpoint in" in result.stderr
+        assert "--overwrite" in result.stderr
+        assert new.is_dir()
+        return
+    assert result.exit_code == 0, result.stderr
+    assert f"not used: {new}" in result.stderr
+    assert says in result.stderr
+    assert "resumed from" in result.stderr
+    assert "step-000002" in result.stderr
+    assert_same_run(whole, stopped, 4)
+    assert (stopped / "checkpoints/damaged-step-000003").is_dir()  # to be looked at
+
+
+def test_a_damaged_adapter_is_not_evaluated_or_exported(stopped, tmp_path):
+    flip(stopped / "adapter/adapter_model.safetensors")
+    for command in (["eval", stopped], ["export", stopped, "--output", tmp_path / "out"]):
+        result = call(*command)
+        assert result.exit_code == 1
+        assert "adapter_model.safetensors is not what was written" in result.stderr
+    assert not (tmp_path / "out").exists()
+    # The run's checkpoint has it still.
+    assert call("train", "--output", stopped, "--resume", "--steps", "3", "-q").exit_code == 0
+    assert call("export", stopped, "--output", tmp_path / "out").exit_code == 0
+
+
+def test_the_final_adapter_is_not_that_of_a_run_that_goes_on(stopped):
+    """What a run had at its end is not what it has after more steps."""
+    kept = (stopped / "adapter").rename(stopped.parent / "adapter")
+    assert call("train", "--output", stopped, "--resume", "--steps", STEPS, "-q").exit_code == 0
+    (stopped / "adapter").rename(stopped.parent / "newer")
+    kept.rename(stopped / "adapter")
+    shown = call("eval", stopped, "--num-problems", "2")
+    assert "step-000004" not in shown.stdout  # which is about the target's name
+    from lowmem_grpo.run.export import adapter_directory
+
+    assert adapter_directory(stopped) == stopped / "checkpoints/step-000004"
+
+
+def test_lasting_checkpoints_stay_beside_the_newest(tiny_model_dir, tmp_path):
+    settings = ["--save-every", "2", "--set", "run.keep_last=1"]
+    train(tiny_model_dir, tmp_path / "run", "--steps", "5", *settings)
+    found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert found == ["step-000004", "step-000005"]
+    settings = ["--save-every", "2", "--set", "run.resume_every=3"]
+    train(tiny_model_dir, tmp_path / "other", "--steps", "5", *settings)
+    found = sorted(path.name for path in (tmp_path / "other/checkpoints").iterdir())
+    assert found == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_another_base_is_refused(tiny_model_dir, stopped, tmp_path):
+    again = ["train", "--output", stopped, "--resume", "-q"]
+    state = stopped / "checkpoints/step-000003/state.json"
+    saved = unsealed(state.read_text())
+    assert saved["base"].startswith("cpu:")
+    state.write_text(sealed({**saved, "base": "cpu:another"}))
+    refused = call(*again, "--steps", STEPS)
+    assert refused.exit_code == 2
+    assert "are not those that the run was started with" in refused.stderr
+    done = call(*again, "--steps", STEPS, "--allow-changed", "model.name")
+    assert done.exit_code == 0, done.stderr
+    # Quantised by another device it may have another digest: that says nothing.
+    saved = unsealed((stopped / "checkpoints/step-000004/state.json").read_text())
+    state = stopped / "checkpoints/step-000004/state.json"
+    state.write_text(sealed({**saved, "base": "cuda:another"}))
+    assert call(*again, "--steps", "5").exit_code == 0
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=5),
+)  # fmt: skip
+DOCUMENTS = st.dictionaries(
+    st.text(max_size=5).filter(lambda key: key != "sha256"),
+    VALUES | st.lists(VALUES, max_size=3),
+    max_size=4,
+)
+
+
+@given(DOCUMENTS, st.integers(0), st.characters(codec="ascii"))
+def test_a_sealed_document_is_itself_or_refused(document, place, character):
+    text = sealed(document)
+    assert unsealed(text) == document
+    place %= len(text)
+    changed = text[:place] + character + text[place + 1 :]
+    try:
+        found = unsealed(changed)
+    except ValueError:
+        return
+    assert found == document  # white space, or the same character
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sha256": 3}', "[" * 100_000, json.dumps("x")])
+def test_what_was_never_sealed_is_refused(text):
+    with pytest.raises(ValueError, match=r"checksum|deep|Expecting"):
+        unsealed(text)
