@@ -117,6 +117,12 @@ def train(
 
     console = Console(quiet=quiet)
     config = read_config(run_file, profile, assignments, flags, console.say)
+    if resume:
+        from lowmem_grpo.foreign import check_code, granted
+
+        check_code(config)
+        for text in granted(config):
+            console.warn(text)
     from lowmem_grpo.train import train as run_training
 
     how = {"resume": resume, "overwrite": overwrite, "rehearse": rehearse}

@@ -4,7 +4,7 @@ import pytest
 import tomlkit
 
 from lowmem_grpo.config import Config, build_config, config_toml, load_config, parse_assignment
-from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.errors import ConfigError, DamageError
 
 
 def test_later_layers_win_and_are_named(tmp_path):
@@ -42,6 +42,14 @@ def test_saved_configuration_reads_back_the_same(tmp_path):
     again = load_config(str(path), profile=None, assignments=[])
     assert again.model_dump() == config.model_dump()
     assert "# --set" in path.read_text()
+    path.write_text(path.read_text().replace("beta = 0.04", "beta = 0.05"))
+    with pytest.raises(DamageError, match="its sha256 differs"):
+        load_config(str(path), profile=None, assignments=[])
+    # As a file to begin another run from, it may be changed; and it may always be said to be right.
+    assert load_config(str(path), profile=("none", {}), assignments=[]).grpo.beta == 0.05
+    path.write_text(path.read_text().partition("\n")[2])
+    assert load_config(str(path), profile=None, assignments=[]).grpo.beta == 0.05
+    path.write_text(config_toml(config))
     assert tomlkit.parse(path.read_text())["grpo"]["beta"] == 0.04
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowmem_grpo.errors import ConfigError, DamageError, UserError
+from lowmem_grpo.errors import ConfigError, DamageError
 
 __all__ = [
-    "RunDirectory", "check_directory", "read_document", "read_lines", "replace_directory",
+    "RunDirectory", "check_directory", "read_lines", "replace_directory",
     "sync_directory", "sync_file", "write_atomic",
 ]  # fmt: skip
 
@@ -109,6 +109,11 @@ def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
     path = Path(path)
     if resume and not (path / "config.toml").is_file():
         raise ConfigError(f"--resume: {path} holds no run (it has no config.toml)")
+    if resume and (link := _link_in(path)):
+        raise ConfigError(
+            f"--resume: {link} is a link, through which would be written elsewhere: put what it "
+            "leads to in its place"
+        )
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path} is a file: name a directory")
     taken = path.is_dir() and not all(_is_nothing(entry.name) for entry in path.iterdir())
@@ -117,6 +122,14 @@ def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
     if taken and overwrite and not resume and not (path / "config.toml").is_file():
         raise ConfigError(f"--overwrite: {path} is not a run directory, so it is left alone")
     return taken
+
+
+def _link_in(path: Path) -> Path | None:
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            if (entry := Path(folder) / name).is_symlink():
+                return entry
+    return None
 
 
 def _is_nothing(name: str) -> bool:
@@ -139,18 +152,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise DamageError(f"line {number} of {path} is not an object: mend or remove it")
             yield record
-
-
-def read_document(path: Path, version: int, error: type[UserError]) -> dict[str, Any]:
-    """A JSON object with a "format", which has to be `version`. Raises `error`."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = document["format"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise error(f"cannot read {path}: {problem}") from problem
-    if found != version:
-        raise error(f"{path} has format {found}, this version reads {version}")
-    return document
 
 
 def write_atomic(path: Path, text: str) -> None:
