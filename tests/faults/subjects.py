@@ -227,6 +227,12 @@ def _document(file: Path, result, root: Path) -> bool:
     return True
 
 
+def _compared(file: Path, result, root: Path) -> bool:
+    """The same; or a run that went on, and said that nothing was added to the file."""
+    said = f"not compared, DamageError: cannot read {file}" in result.stderr
+    return said or _document(file, result, root)
+
+
 def _lines(file: Path, result, root: Path) -> bool:
     """Gone, or lines of JSON, of which the last may be cut off."""
     if file.exists() or file.is_symlink():
@@ -285,6 +291,8 @@ def _passed_over(file: Path, result, root: Path) -> bool:
 
 
 _IN_MODEL = ("model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja")
+_SWAPPED = ("metrics.jsonl, step",)
+_NO_RUN = ("run is not a run directory", "run holds no run")
 _CHECKPOINT = "run/checkpoints/step-000002"
 _CHECKPOINTED = ("state.json", "adapter_model.safetensors", "optimizer.safetensors")
 SUBJECTS = [
@@ -319,11 +327,17 @@ SUBJECTS = [
     Subject("snapshot.pickle", _snapshot, _replays),
     Subject("plan.json", _memory("plan.json"), _document),
     Subject("run/plan.json", _memory("run"), _document),
-    Subject("run/memory.json", _any(_memory("run"), _resume), _document, writes=("run/",)),
+    Subject("run/memory.json", _any(_memory("run"), _resume), _compared, writes=("run/",)),
     Subject("run/metrics.jsonl", _any(_memory("run"), _resume), _lines, writes=("run/",)),
-    Subject("run/rollouts.jsonl", _resume, _lines, writes=("run/",)),
-    Subject("run/eval.jsonl", _any(_resume, _taken()), _lines, writes=("run/",)),
-    Subject("run/config.toml", _any(_resume, _taken()), _same_settings, writes=("run/",)),
+    Subject("run/rollouts.jsonl", _resume, _lines, _SWAPPED, ("run/",)),
+    Subject("run/eval.jsonl", _resume, _lines, _SWAPPED, ("run/",)),
+    Subject(
+        "run/config.toml",
+        _any(_resume, _taken()),
+        _same_settings,
+        named=_NO_RUN,
+        writes=("run/",),
+    ),
     Subject("pool/pool.json", _pool, _never, named=("/pool",), writes=("pool/",)),
     Subject("pool/groups.jsonl", _pool, _begun, named=("/pool",), writes=("pool/",)),
     *(
