@@ -114,6 +114,7 @@ def train(
         output = flags["run__output"] or "runs/grpo"
         check_directory(output, resume=True, overwrite=False)
         run_file, profile = str(Path(output) / "config.toml"), None
+        flags["run__output"] = output  # wherever the run was made
     flags["rewards__functions"] = list(rewards) or None
     from lowmem_grpo.run.console import Console
 
