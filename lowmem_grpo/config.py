@@ -7,6 +7,7 @@ together with its origin.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import tomlkit
 from pydantic import Field, ValidationError, model_validator
 from tomlkit.exceptions import TOMLKitError
 
-from lowmem_grpo.errors import ConfigError, nearest
+from lowmem_grpo.errors import ConfigError, DamageError, nearest
 from lowmem_grpo.section_grpo import GrpoConfig
 from lowmem_grpo.sections import (
     EvalConfig,
@@ -30,6 +31,9 @@ from lowmem_grpo.sections import (
 )
 
 __all__ = ["Config", "build_config", "config_toml", "load_config", "parse_assignment", "read_toml"]
+
+
+_SEAL = "# sha256 of the lines below: "
 
 
 class Config(Section):
@@ -151,7 +155,7 @@ def build_config(layers: list[tuple[str, dict[str, dict[str, Any]]]]) -> Config:
         where = ".".join(where.split(".")[:2])
         message = first["msg"].removeprefix("Value error, ")
         origin = f" (from {sources[where]})" if where in sources else ""
-        given = f" = {first['input']!r}" if where.count(".") == 1 else ""
+        given = f" = {first['input']!r:.100}" if where.count(".") == 1 else ""
         raise ConfigError(f"{where}{given}{origin}: {message}" if given else message) from error
 
 
@@ -159,18 +163,30 @@ def load_config(
     run_file: str | None, *, profile: tuple[str, dict] | None, assignments: list[tuple[str, dict]]
 ) -> Config:
     """Defaults < `profile` (origin, sections) < `run_file` < `assignments` ((origin, sections), in
-    order).
+    order). Without a profile, the file is a run's own.
     """
     layers = [profile] if profile else []
     if run_file is not None:
-        layers.append((run_file, read_toml(run_file)))
+        layers.append((run_file, read_toml(run_file, sealed=profile is None)))
     return build_config([*layers, *assignments])
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """A TOML file as plain dicts. Raises ConfigError with the line that is wrong."""
+def read_toml(path: str, sealed: bool = False) -> dict[str, Any]:
+    """A TOML file as plain dicts. Raises ConfigError with the line that is wrong. `sealed`: raises
+    DamageError where it begins with a checksum, and what follows is not what was written.
+    """
     try:
-        return tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+        text = Path(path).read_bytes().decode()
+        if sealed and not text.strip():
+            raise DamageError(f"{path} is empty: put it back")
+        if sealed and text.startswith(_SEAL):
+            first, _, rest = text.partition("\n")
+            if first.removeprefix(_SEAL) != _sha256(rest):
+                raise DamageError(
+                    f"{path} is not what was written (its sha256 differs): put it back, and change "
+                    "settings with --set; or delete its first line, to have it taken as it is"
+                )
+        return tomlkit.parse(text).unwrap()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (TOMLKitError, UnicodeDecodeError) as error:
@@ -193,7 +209,9 @@ def parse_assignment(text: str) -> dict[str, dict[str, Any]]:
 
 
 def config_toml(config: Config) -> str:
-    """Every value in force as TOML, its origin as a comment; unset values stand as comments."""
+    """Every value in force as TOML, its origin as a comment; unset values stand as comments. The
+    first line is a comment with the sha256 of the others.
+    """
     document = tomlkit.document()
     for section in _section_names():
         table = tomlkit.table()
@@ -211,7 +229,12 @@ def config_toml(config: Config) -> str:
             item.comment(origin)
             table.add(key, item)
         document.add(section, table)
-    return tomlkit.dumps(document)
+    text = tomlkit.dumps(document)
+    return f"{_SEAL}{_sha256(text)}\n{text}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _section_names() -> list[str]:

@@ -1,14 +1,15 @@
 """A pool of groups that the base sampled: made once, trained on for many steps.
 
     POOL/pool.json       what the groups were sampled with
-    POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens, sealed
+    POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens
+
+Each line, and pool.json, carries its sha256: a number in them that has changed would be trained on.
 
 The base is old policy and reference in one (`grpo.old_policy = base`), so nothing that a run
 changes makes a pool out of date: steps that train on it neither sample nor ask the reference. What
 limits them is how far the policy gets from the base, where ratios are clipped.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from lowmem_grpo.grpo.update import Scoring, score_reference
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import group_document, read_group
-from lowmem_grpo.run.directory import read_document, read_lines, write_atomic
+from lowmem_grpo.run.directory import write_atomic
 from lowmem_grpo.sections import TaskConfig
 from lowmem_grpo.setup import sampling_of
 from lowmem_grpo.tasks import Task
@@ -45,34 +46,28 @@ class Pool:
     """The groups of a directory, in an order that belongs to (seed, epoch)."""
 
     def __init__(self, path: Path, seed: int):
-        self._file = path / "groups.jsonl"
-        self._lines = self._file.read_bytes().splitlines()
+        self._groups = _read_lines(path / "groups.jsonl")
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._groups)
 
     def group(self, index: int) -> Group:
         """The group at `index`, 0 or more without end: every group comes once in an epoch."""
         epoch, position = divmod(index, len(self))
         place = permuted(position, len(self), stable_hash("pool", self._seed, epoch))
-        try:
-            return read_group(unsealed(self._lines[place].decode()))
-        except ValueError as error:
-            raise DamageError(
-                f"line {place + 1} of {self._file} is damaged ({error}): run the command rollouts "
-                "again with another --output"
-            ) from error
+        return read_group(unsealed(self._groups[place]))
 
 
 def open_pool(config: Config) -> Pool | None:
     """The pool of `rollout.pool`, if there is one. Raises ConfigError for a directory that is none,
-    is not complete, or was made with other settings.
+    is not complete, or was made with other settings; DamageError for one that is not what was
+    written.
     """
     if config.rollout.pool is None:
         return None
     path = Path(config.rollout.pool)
-    document = read_document(path / "pool.json", FORMAT, ConfigError)
+    document = _read(path)
     _check(path, document, config)
     pool = Pool(path, config.task.seed)
     if len(pool) != document["groups"]:
@@ -117,15 +112,16 @@ def fill(
     """
     file = path / "groups.jsonl"
     if path.exists() and any(path.iterdir()):
-        _check(path, read_document(path / "pool.json", FORMAT, ConfigError), config)
+        _check(path, _read(path), config)
     path.mkdir(parents=True, exist_ok=True)
     each = config.rollout.problems_per_step
-    there = [json.dumps(line) + "\n" for line in read_lines(file)] if file.is_file() else []
+    there = _read_lines(file) if file.is_symlink() or file.exists() else []
     if len(there) > groups:
         raise ConfigError(f"{path} has {len(there)} groups already: ask for that many or more")
     had = len(there) if len(there) == groups else len(there) // each * each
-    write_atomic(path / "pool.json", json.dumps(_document(config, groups)))
-    write_atomic(file, "".join(there[:had]))  # without a line, or a batch, that was cut off
+    write_atomic(path / "pool.json", sealed(_document(config, groups)))
+    # Without a batch that was cut off.
+    write_atomic(file, "".join(f"{line}\n" for line in there[:had]))
     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
     with file.open("a", encoding="utf-8") as stream:
         for start in range(had, groups, each):
@@ -165,6 +161,43 @@ def _document(config: Config, groups: int) -> dict:
     sections = config.model_dump(mode="json")
     made = {f"{s}.{key}": sections[s][key] for s, keys in _MADE_WITH.items() for key in keys}
     return {"format": FORMAT, "groups": groups, "made_with": made}
+
+
+def _read(path: Path) -> dict:
+    file = path / "pool.json"
+    try:
+        document = unsealed(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}: give the directory of a pool") from error
+    except ValueError as error:
+        raise DamageError(f"{file}: {error}: make another pool") from error
+    if document.get("format") != FORMAT:
+        raise ConfigError(
+            f"{file} has format {document.get('format')}, this version reads {FORMAT}: "
+            "make another pool"
+        )
+    return document
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The lines of groups, each of which is what was written, without one that was cut off at the
+    end. Raises DamageError.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DamageError(f"{path}: {error.strerror}: make another pool") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(line.decode())
+            unsealed(found[-1])
+        except ValueError as error:
+            raise DamageError(
+                f"line {number} of {path}: {error}: cut the file off before that line, and run the "
+                "command rollouts again"
+            ) from error
+    return found
 
 
 def _check(path: Path, document: dict, config: Config) -> None:

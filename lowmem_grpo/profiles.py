@@ -193,6 +193,8 @@ def _bare(name: str) -> str:
 def _read(path: Path) -> Profile:
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"profile {path}: cannot read it: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"profile {path}: not a text file in UTF-8 ({error.reason})") from error
     return _parse(text, path.stem, path)
@@ -210,10 +212,10 @@ def _parse(text: str, name: str, path: Path | None) -> Profile:
         raise ConfigError(f"{where}: not valid TOML: {error}") from error
     notes = content.pop("notes", "")
     if not isinstance(notes, str):
-        raise ConfigError(f"{where}: notes = {notes!r} must be text")
+        raise ConfigError(f"{where}: notes = {notes!r:.100} must be text")
     for section, table in content.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: {section} = {table!r} stands outside any [section]")
+            raise ConfigError(f"{where}: {section} = {table!r:.100} stands outside any [section]")
     card = content.pop("card", None)
     if card is None or "name" not in card:
         raise ConfigError(f"{where}: it has no [card] with a name")
@@ -226,11 +228,13 @@ def _check_card(where: str, card: dict[str, Any]) -> None:
         if key not in _CARD_KEYS:
             raise ConfigError(f"{where}: card.{key} is unknown{nearest(key, _CARD_KEYS)}")
         if not isinstance(value, _CARD_KEYS[key]) or isinstance(value, bool):
-            raise ConfigError(f"{where}: card.{key} = {value!r} is of the wrong type")
-        if isinstance(value, (int, float)) and (value < 0 or (value == 0 and key != "desktop_mib")):
-            raise ConfigError(f"{where}: card.{key} = {value} must be above zero")
+            raise ConfigError(f"{where}: card.{key} = {value!r:.100} is of the wrong type")
+        if isinstance(value, (int, float)) and not (
+            0 < value < math.inf or (value == 0 and key == "desktop_mib")
+        ):
+            raise ConfigError(f"{where}: card.{key} = {value!r:.100} must be above zero and finite")
     pair = card.get("compute_capability")
     if pair is not None and not (len(pair) == 2 and all(type(part) is int for part in pair)):
-        raise ConfigError(f"{where}: card.compute_capability = {pair} must be like [8, 9]")
+        raise ConfigError(f"{where}: card.compute_capability = {pair!r:.100} must be like [8, 9]")
     if pair is None and {"memory_gib", "visible_mib"} & card.keys():
         raise ConfigError(f"{where}: card.compute_capability is missing, like [8, 9]")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 __all__ = [
     "EvalConfig", "LoraSection", "MemoryConfig", "ModelConfig", "OptimizerConfig",
     "RewardsConfig", "RolloutConfig", "RunConfig", "Section", "TaskConfig",
 ]  # fmt: skip
 
+MOST, MOST_SEED = 2**31, 2**63 - 1
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Auto = Literal["auto"]
@@ -27,8 +28,16 @@ class Section(BaseModel):
         frozen=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
-        strict=False,
+        strict=True,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_computed_with(cls, value: Any, info: ValidationInfo) -> Any:
+        most = MOST_SEED if info.field_name == "seed" else MOST
+        if isinstance(value, (int, float)) and not -most <= value <= most:
+            raise ValueError(f"Input should be at most {most:.3g}, on either side of 0")
+        return value
 
 
 class ModelConfig(Section):
@@ -83,7 +92,7 @@ class TaskConfig(Section):
     """Records in a new order in each epoch; false: in the order of the file."""
     system_prompt: str | None = None
     """Put before every problem."""
-    few_shot: Annotated[int, Field(ge=0)] = 0
+    few_shot: Annotated[int, Field(ge=0, le=256)] = 0
     """Solved training problems before every question, as turns of the chat."""
     path: str | None = None
     """The file of gsm8k, instead of the Hub's; or of records without a PATH."""
@@ -125,11 +134,11 @@ class RolloutConfig(Section):
     """G, completions of each problem."""
     problems_per_step: Positive = 4
     """B, problems of each step."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling: Annotated[int, Field(ge=0, le=256)] = 0
     """Rounds in which groups without a signal are replaced by those of other problems."""
     pool: str | None = None
     """A directory that the command rollouts has filled: its groups are trained on."""
-    curriculum: Positive = 1
+    curriculum: Annotated[int, Field(ge=1, le=256)] = 1
     """Problems looked at for each one taken: of several, those passed nearest to half the time."""
     curriculum_field: str | None = None
     """A field of the problems that says their level, whose pass rate stands for new ones'."""
@@ -162,7 +171,7 @@ class OptimizerConfig(Section):
     """Decay of the first moment."""
     adam_beta2: Fraction = 0.999
     """Decay of the second moment."""
-    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    adam_epsilon: Annotated[float, Field(ge=1e-30)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay."""

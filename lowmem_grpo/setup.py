@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+CHECKED = 200_000  # prompts
+
+
 def choose(config: Config, head_dim: int | None = None) -> tuple[Machine, dict[str, Choice]]:
     """The machine, and the compute dtype and attention backend for it, each with its reason.
     `head_dim` of the model may rule out flash attention, where it is known.
@@ -188,13 +191,13 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
 
 def check_prompts(task: Task, config: Config) -> None:
     """Meet every prompt that is longer than allowed before anything is loaded, and not in the
-    middle of the run. Raises TaskError.
+    middle of the run; of a run of years, the first ones. Raises TaskError and ModelError.
     """
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     r, batches = config.rollout, -(-config.run.steps // config.grpo.num_iterations)
     most = batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum
-    for index in range(most if r.pool is None else 0):
+    for index in range(min(most, CHECKED) if r.pool is None else 0):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every:
         for problem in task.eval_problems(config.eval.num_problems):

@@ -4,7 +4,7 @@ import pytest
 import tomlkit
 
 from lowmem_grpo.config import Config, build_config, config_toml, load_config, parse_assignment
-from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.errors import ConfigError, DamageError
 
 
 def test_later_layers_win_and_are_named(tmp_path):
@@ -42,6 +42,14 @@ def test_saved_configuration_reads_back_the_same(tmp_path):
     again = load_config(str(path), profile=None, assignments=[])
     assert again.model_dump() == config.model_dump()
     assert "# --set" in path.read_text()
+    path.write_text(path.read_text().replace("beta = 0.04", "beta = 0.05"))
+    with pytest.raises(DamageError, match="its sha256 differs"):
+        load_config(str(path), profile=None, assignments=[])
+    # As a file to begin another run from, it may be changed; and it may always be said to be right.
+    assert load_config(str(path), profile=("none", {}), assignments=[]).grpo.beta == 0.05
+    path.write_text(path.read_text().partition("\n")[2])
+    assert load_config(str(path), profile=None, assignments=[]).grpo.beta == 0.05
+    path.write_text(config_toml(config))
     assert tomlkit.parse(path.read_text())["grpo"]["beta"] == 0.04
 
 
@@ -114,6 +122,15 @@ def test_malformed_assignments(text):
         ({"eval": {"num_generations": 4}}, "are all the same: use eval.temperature = 1"),
         ({"rollout": {"num_generations": "many"}}, "rollout.num_generations = 'many'"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature = 0"),
+        # A value of another type is a mistake, and not what it could be turned into.
+        ({"grpo": {"beta": True}}, "grpo.beta = True (from here)"),
+        ({"lora": {"r": "16"}}, "lora.r = '16' (from here)"),
+        ({"run": {"tensorboard": "off"}}, "run.tensorboard = 'off' (from here)"),
+        ({"run": {"seed": 10**30}}, "seed = 1000000000000000000000000000000 (from here): Input sh"),
+        ({"run": {"steps": 10**30}}, "at most 2.15e+09"),
+        ({"grpo": {"beta": 1e300}}, "grpo.beta = 1e+300 (from here): Input should be at most"),
+        ({"optimizer": {"adam_epsilon": 1e-300}}, "optimizer.adam_epsilon = 1e-300"),
+        ({"task": {"name": ["x" * 999]}}, "task.name = ['xxx"),
         (
             {"rollout": {"min_completion_length": 9, "max_completion_length": 8}},
             "min_completion_length = 9 is above",

@@ -26,6 +26,39 @@ def fill(model, pool, count, *more):
     return [json.loads(line) for line in (pool / "groups.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("command", ["train", "rollouts"])
+def test_a_pool_that_is_not_what_was_written(tiny_model_dir, tmp_path, command):
+    pool = tmp_path / "pool"
+    fill(tiny_model_dir, pool, 3)
+    arguments = [command, *shape(tiny_model_dir)]
+    if command == "train":
+        arguments += [*BASE, "--pool", pool, "--output", tmp_path / "run"]
+    else:
+        arguments += ["--groups", "4", "--output", pool]
+    groups, document = pool / "groups.jsonl", pool / "pool.json"
+    first, *lines = groups.read_text().splitlines()
+    logprob = json.loads(first)["rollouts"][0]["logprobs"][0]
+    for file, text, says in (
+        (groups, "\n".join([first.replace(str(logprob), "-1.5"), *lines, ""]), "line 1 of "),
+        (groups, "\n".join([first, "{}", *lines, ""]), "line 2 of "),
+        (document, document.read_text().replace("arithmetic", "countdown"), "its sha256 differs"),
+        (document, "[" * 99_999, "pool.json"),
+        (document, json.dumps({"format": 1, "groups": 3}), "no checksum: make another pool"),
+    ):
+        good = file.read_text()
+        file.write_text(text)
+        refused = call(*arguments)
+        assert refused.exit_code in (1, 2)
+        assert says in refused.stderr
+        assert "debug" not in refused.stderr
+        assert file.read_text() == text
+        file.write_text(good)
+    groups.unlink()
+    groups.mkdir()
+    assert "groups.jsonl: Is a directory" in call(*arguments).stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_pool_is_the_same_however_often_it_was_interrupted(tiny_model_dir, tmp_path):
     whole = fill(tiny_model_dir, tmp_path / "whole", 6)
     part = tmp_path / "part"
@@ -119,5 +152,5 @@ def test_a_pool_that_does_not_fit_is_refused(tiny_model_dir, tmp_path):
     assert "has 1 of 2 groups" in refused.stderr
     assert open_pool(build_config([])) is None
     settings = {"rollout": {"pool": str(tmp_path)}, "grpo": {"old_policy": "base"}}
-    with pytest.raises(ConfigError, match=r"cannot read .*pool\.json"):
+    with pytest.raises(ConfigError, match=r"pool\.json: No such file"):
         open_pool(build_config([("test", settings)]))

@@ -176,6 +176,8 @@ def test_unknown_names_offer_the_nearest():
         ("[card]\nname = 'a'\nmemory_gb = 24\n", "memory_gb is unknown.*'memory_gib'"),
         ("[card]\nname = 'a'\nmemory_gib = '24'\n", "card.memory_gib = '24' is of the wrong type"),
         ("[card]\nname = 'a'\nmemory_gib = -1\n", "must be above zero"),
+        ("[card]\nname = 'a'\nmemory_gib = nan\n", "must be above zero and finite"),
+        ("[card]\nname = 'a'\nmemory_gib = inf\n", "must be above zero and finite"),
         ("[card]\nname = 'a'\nvisible_mib = true\n", "wrong type"),
         ("[card]\nname = 'a'\nmultiprocessors = 70.5\n", "card.multiprocessors = 70.5 is of the"),
         ("[card]\nname = 'a'\nmultiprocessors = 0\n", "card.multiprocessors = 0 must be above"),

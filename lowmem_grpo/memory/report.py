@@ -6,13 +6,20 @@ from a torch.cuda memory snapshot. MiB or GiB for people, bytes in JSON.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from lowmem_grpo.errors import UserError
 from lowmem_grpo.memory import page as html
@@ -21,6 +28,7 @@ from lowmem_grpo.memory.allocator import MIB
 from lowmem_grpo.memory.pictures import Picture, compared_picture, steps_picture, timeline_picture
 from lowmem_grpo.memory.replay import SnapshotError
 from lowmem_grpo.memory.snapshot import ReplayReport, replay_snapshot
+from lowmem_grpo.plain_json import parse_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +45,7 @@ class ReportError(UserError):
 
 # --- What is read. Fields as in interfaces.md; others are let through and not looked at.
 
-Bytes = Annotated[int, Field(ge=0, le=2**63)]
+Bytes = Annotated[int, Field(strict=True, ge=0, le=2**63)]
 
 
 class _Input(BaseModel):
@@ -74,13 +82,13 @@ class _Plan(_Input):
     model: str
     profile: str | None = None
     card: _Card
-    fits: bool
+    fits: StrictBool
     settings: dict[str, Any]
     reasons: dict[str, str]
     context_bytes: tuple[Bytes, Bytes]
     phases: list[_Phase] = Field(min_length=1)
     peak_reserved_bytes: Bytes
-    headroom_bytes: Annotated[int, Field(ge=-(2**63), le=2**63)]
+    headroom_bytes: Annotated[int, Field(strict=True, ge=-(2**63), le=2**63)]
     host_bytes: Bytes
     timeline: _Timeline | None = None
 
@@ -117,7 +125,7 @@ class _Moment(_Input):
 
 
 class _Record(_Input):
-    step: Annotated[int, Field(ge=0, le=2**53)]
+    step: Annotated[int, Field(strict=True, ge=0, le=2**53)]
     memory: dict[str, dict[str, Bytes | None]] = {}
 
 
@@ -179,11 +187,11 @@ def _file(path: Path, device: int | None) -> Parts:
 
 def _run(run: Path) -> Parts:
     plan, moments, records = None, [], []
-    if (file := run / "plan.json").is_file():
+    if _there(file := run / "plan.json"):
         plan = _validated(_Plan, file, _parsed(file, _read(file)))
-    if (file := run / "memory.json").is_file():
+    if _there(file := run / "memory.json"):
         moments = _validated(list[_Moment], file, _parsed(file, _read(file)))
-    if (file := run / "metrics.jsonl").is_file():
+    if _there(file := run / "metrics.jsonl"):
         # A line without an end was cut off, or is being written.
         lines = [line for line in _read(file).splitlines(keepends=True) if line[-1:] == b"\n"]
         records = _validated(list[_Record], file, [_parsed(file, line) for line in lines])
@@ -196,6 +204,11 @@ def _run(run: Path) -> Parts:
     return _planned(plan, moments, records, of=f": run {run.resolve().name}")
 
 
+def _there(path: Path) -> bool:
+    """Also what cannot be read, which is then an error, and not taken for missing."""
+    return path.is_symlink() or path.exists()
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -205,8 +218,8 @@ def _read(path: Path) -> bytes:
 
 def _parsed(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise ReportError(f"{path}: not JSON ({error}); {WANTED}") from None
 
 

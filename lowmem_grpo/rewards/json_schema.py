@@ -17,6 +17,7 @@ from typing import Any
 
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.isolation.worker import Worker
+from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.rewards.base import RewardFunction
 from lowmem_grpo.rewards.isolated import Isolated, answering
 
@@ -82,7 +83,7 @@ def _read(path: str) -> Any:
     from jsonschema.validators import validator_for
 
     try:
-        schema = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        schema = parse_json(Path(path).expanduser().read_bytes())
         if not isinstance(schema, (dict, bool)):
             raise ConfigError(f"reward 'json:{path}': a schema is an object, not {schema!r:.60}")
         validator_for(schema).check_schema(schema)

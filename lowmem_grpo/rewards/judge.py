@@ -21,6 +21,7 @@ The key is read there and written nowhere.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -44,7 +45,7 @@ from lowmem_grpo.tasks.answers import last_number
 __all__ = ["Judge", "judge_reward", "make_judge"]
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-_MOST_REPLY = 2**22
+_MOST_REPLY, _MOST_SECONDS = 2**22, 86_400
 _PLACES = ("question", "answer", "completion")
 
 
@@ -63,6 +64,16 @@ class Judge:
     concurrency: int = 8
     max_tokens: int = 512
     temperature: float = 0.0
+
+
+class _Here(urllib.request.HTTPRedirectHandler):
+    """The key is for the server that was named, and for none that it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Here)
 
 
 def judge_reward(path: str) -> RewardFunction:
@@ -113,12 +124,12 @@ def _ask(judge: Judge, prompt: str) -> str:
     }
     headers = {"Content-Type": "application/json"}
     if judge.api_key_env:
-        headers["Authorization"] = f"Bearer {os.environ[judge.api_key_env]}"
+        headers["Authorization"] = f"Bearer {os.environ[judge.api_key_env].strip()}"
     url = judge.url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     for attempt in range(judge.retries + 1):
         try:
-            with urllib.request.urlopen(request, timeout=judge.timeout) as response:
+            with _OPENER.open(request, timeout=judge.timeout) as response:
                 reply = json.loads(response.read(_MOST_REPLY))
             return reply["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
@@ -161,10 +172,16 @@ def _read(path: str) -> Judge:
 def _check(judge: Judge, where: str) -> None:
     if not judge.url.startswith(("http://", "https://")):
         raise ConfigError(f"{where}: url = {judge.url!r} should begin with http:// or https://")
-    if judge.max_score <= 0 or judge.timeout <= 0 or judge.retries < 0 or judge.concurrency < 1:
+    if not (0 < judge.max_score < math.inf and 0 < judge.timeout <= _MOST_SECONDS):
         raise ConfigError(
-            f"{where}: max_score and timeout are above 0, retries 0 or more, concurrency 1 or more"
+            f"{where}: max_score is above 0 and finite, timeout above 0 and at most {_MOST_SECONDS}"
         )
+    if not (0 <= judge.retries <= 16 and 1 <= judge.concurrency <= 1024 and judge.max_tokens > 0):
+        raise ConfigError(
+            f"{where}: retries is from 0 to 16, concurrency from 1 to 1024, max_tokens above 0"
+        )
+    if not 0 <= judge.temperature < math.inf:
+        raise ConfigError(f"{where}: temperature is 0 or more, and finite")
     try:
         shown = judge.prompt.format(**dict.fromkeys(_PLACES, "x"))
         re.compile(judge.pattern or "")
@@ -177,3 +194,7 @@ def _check(judge: Judge, where: str) -> None:
         raise ConfigError(f"{where}: prompt has no place for the {{completion}}")
     if judge.api_key_env and judge.api_key_env not in os.environ:
         raise ConfigError(f"{where}: the environment has no {judge.api_key_env}, set it first")
+    key = os.environ[judge.api_key_env].strip() if judge.api_key_env else ""
+    if not (key.isascii() and key.isprintable()):
+        # Not sent: the error that this would be shows the key.
+        raise ConfigError(f"{where}: the key in {judge.api_key_env} is not one line of ASCII")

@@ -28,7 +28,6 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 
 from lowmem_grpo.errors import ConfigError, PlanError, TaskError, nearest
 from lowmem_grpo.isolation.worker import Failure
@@ -124,7 +123,7 @@ class ModelReward:
         """Raises ConfigError where the chat template does not take the messages of a problem."""
         try:
             self._text(problem.messages, "x")
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, which can raise anything
             raise ConfigError(
                 f"reward 'model:{self.spec.name}': its chat template does not take the messages of "
                 f"{problem.id}: {error}; give another with template=FILE"
@@ -182,7 +181,7 @@ class ModelReward:
         """The tokens of a conversation."""
         try:
             text = self._text(messages, completion)
-        except TemplateError as error:
+        except Exception as error:  # see `check`
             return Failure("invalid", f"the chat template does not take its messages: {error}")
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         if not 0 < len(ids) <= self._longest:

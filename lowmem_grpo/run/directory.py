@@ -17,10 +17,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowmem_grpo.errors import ConfigError, DamageError, UserError
+from lowmem_grpo.errors import ConfigError, DamageError
+from lowmem_grpo.plain_json import parse_json
 
 __all__ = [
-    "RunDirectory", "check_directory", "naming", "read_document", "read_lines", "replace_directory",
+    "RunDirectory", "check_directory", "naming", "read_lines", "replace_directory",
     "sync_directory", "sync_file", "write_atomic",
 ]  # fmt: skip
 
@@ -98,7 +99,7 @@ class RunDirectory:
         off.
         """
         path = self.path / name
-        if not path.is_file():
+        if not path.exists():
             return
         kept = []
         for record in read_lines(path):
@@ -130,6 +131,11 @@ def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
     path = Path(path)
     if resume and not (path / "config.toml").is_file():
         raise ConfigError(f"--resume: {path} holds no run (it has no config.toml)")
+    if resume and (link := _link_in(path)):
+        raise ConfigError(
+            f"--resume: {link} is a link, through which would be written elsewhere: put what it "
+            "leads to in its place"
+        )
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path} is a file: name a directory")
     taken = path.is_dir() and not all(_is_nothing(entry.name) for entry in path.iterdir())
@@ -140,6 +146,14 @@ def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
     return taken
 
 
+def _link_in(path: Path) -> Path | None:
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            if (entry := Path(folder) / name).is_symlink():
+                return entry
+    return None
+
+
 def _is_nothing(name: str) -> bool:
     """Of a run that was killed before it began."""
     return name == LOCK or (name.startswith(".") and name.endswith(PARTIAL))
@@ -147,31 +161,21 @@ def _is_nothing(name: str) -> bool:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a line file; stops at a last line that was cut off. Raises DamageError."""
+    if path.is_dir():
+        raise DamageError(f"{path} is a directory: remove it")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise DamageError(
                     f"line {number} of {path} is damaged ({error}): mend or remove it"
                 ) from error
             if not isinstance(record, dict):
                 raise DamageError(f"line {number} of {path} is not an object: mend or remove it")
             yield record
-
-
-def read_document(path: Path, version: int, error: type[UserError]) -> dict[str, Any]:
-    """A JSON object with a "format", which has to be `version`. Raises `error`."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = document["format"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise error(f"cannot read {path}: {problem}") from problem
-    if found != version:
-        raise error(f"{path} has format {found}, this version reads {version}")
-    return document
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ Every error is a `TaskError` that names the file, the place in it, and what is t
 from __future__ import annotations
 
 import csv
-import json
 from abc import ABC, abstractmethod
 from array import array
 from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.errors import TaskError, nearest
+from lowmem_grpo.plain_json import parse_json
 
 
 class Table(ABC):
@@ -91,8 +91,8 @@ class _JsonLines(Table):
     def row(self, number: int) -> dict[str, Any]:
         text = self._bytes[self._starts[number] : self._ends[number]]
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
+            row = parse_json(text)
+        except ValueError as error:  # also a number of 5000 digits
             raise TaskError(
                 f"{self._file}, {self.where(number)} is not JSON: {error} "
                 "(one object a line is expected)"
@@ -172,7 +172,7 @@ def _parquet(file: Path) -> ArrowTable:
             f'{file}: parquet needs pyarrow: pip install "lowmem-grpo[tasks]"'
         ) from error
     try:
-        return ArrowTable(pyarrow.parquet.read_table(file))
+        return ArrowTable(pyarrow.parquet.read_table(file, page_checksum_verification=True))
     except pyarrow.ArrowException as error:
         raise TaskError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error
 

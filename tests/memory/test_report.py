@@ -339,6 +339,8 @@ def refused(target, *arguments) -> str:
         ("plan.json", b"", "not JSON"),
         ("plan.json", b"\xff\xfe{", "not JSON"),
         ("plan.json", b"[" * 100_000, "not JSON"),
+        ("plan.json", b'{"model": "a", "model": "b"}', "the name 'model' comes twice"),
+        ("plan.json", b'{"model": "\xed\xa0\x80"}', "can't decode"),
         ("plan.json", b"[1, 2]", "the whole"),
         ("plan.json", b'{"phases": []}', "model: Field required"),
         ("plan.json", json.dumps(a_plan(phases=[])).encode(), "phases"),

@@ -24,6 +24,8 @@ class Handler(BaseHTTPRequestHandler):
         content = {"choices": [{"message": {"content": reply}}]}
         payload = json.dumps(content).encode() if isinstance(reply, str) else b"no JSON"
         self.send_response(code)
+        if code == 302:
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         self.wfile.write(payload)
@@ -100,9 +102,26 @@ def test_errors_of_the_server_are_tried_again_and_others_have_no_score(judged, s
     assert failure.reason == "invalid"
 
 
+def test_a_key_is_shown_to_the_server_that_was_named_alone(judged, server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "hf_SECRET\n")  # as it is read out of a file
+    assert judged(lambda text, n: (200, "5"), ["x"], api_key_env="JUDGE_KEY") == [0.5]
+    assert server.seen[0][1] == "Bearer hf_SECRET"
+    server.seen.clear()
+    (failure,) = judged(lambda text, n: (302, "5"), ["x"], api_key_env="JUDGE_KEY")
+    assert "302" in failure.message
+    assert len(server.seen) == 1
+    for key in ("hf_SECRET\nHost: elsewhere", "hf_SECRET\u20ac"):
+        monkeypatch.setenv("JUDGE_KEY", key)
+        with pytest.raises(ConfigError, match="JUDGE_KEY is not one line of ASCII") as caught:
+            judged(lambda text, n: (200, "5"), ["x"], api_key_env="JUDGE_KEY")
+        assert "SECRET" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"retries": 10**30}, "retries is from 0 to 16"),
+        ({"timeout": 1e300}, "at most 86400"),
         ({"url": "localhost"}, "http://"),
         ({"prompt": "rate it"}, "no place for the {completion}"),
         ({"prompt": "{completion} {reply}"}, "places are"),

@@ -4,7 +4,7 @@ from copy import copy
 
 import pytest
 
-from lowmem_grpo.errors import TaskError
+from lowmem_grpo.errors import ModelError, TaskError
 from lowmem_grpo.rollout.groups import end_token_ids, prompt_ids, sample_groups
 from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.tasks.base import Problem
@@ -99,6 +99,33 @@ def test_the_chat_template_is_given_its_own_settings(policy):
     plain = prompt_ids(shown, PROBLEMS[0], 200)
     assert plain == prompt_ids(tokenizer, PROBLEMS[0], 200)
     assert prompt_ids(shown, PROBLEMS[0], 200, {"think": True}) == tokenizer("1").input_ids + plain
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}", "fails on problem sum/1: TemplateSyntaxError: Unexpected end"),
+        ("{{ messages[0].nothing.at_all }}", "fails on problem sum/1: UndefinedError"),
+        ("{{ raise_exception('no system role') }}", "TemplateError: no system role; give another"),
+        ("{{ messages[9 // 0] }}", "ZeroDivisionError"),
+        ("{% for i in range(10 ** 9) %}.{% endfor %}", "OverflowError: Range too big"),
+        ("Answer me.", "leaves out the question of problem sum/1"),
+    ],
+)
+def test_a_chat_template_that_is_of_no_use(policy, template, says):
+    broken = copy(policy.tokenizer)
+    broken.chat_template = template
+    with pytest.raises(ModelError) as caught:
+        prompt_ids(broken, PROBLEMS[0], 200)
+    assert says in str(caught.value)
+    assert "model.chat_template" in str(caught.value)
+
+
+def test_a_chat_template_may_write_the_question_in_its_own_way(policy):
+    spelled = copy(policy.tokenizer)
+    spelled.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    problem = Problem("p", ({"role": "user", "content": "what?"},), "")
+    assert prompt_ids(spelled, problem, 200) == spelled("WHAT?").input_ids
 
 
 @pytest.mark.parametrize(

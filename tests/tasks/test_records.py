@@ -263,6 +263,7 @@ BAD = {
     "array.json": (b'[\n{"prompt":"a","answer":"b"}\n]', ["line 1", "one object a line"]),
     "broken.jsonl": (b'{"prompt":"a","answer":"b"}\n{"prompt"', ["line 2", "not JSON"]),
     "deep.jsonl": (b"[" * 100_000, ["line 1", "not JSON"]),
+    "twice.jsonl": (b'{"prompt":"a","answer":"1","answer":"2"}', ["line 1", "comes twice"]),
     "digits.jsonl": (b'{"prompt":"a","answer":' + b"9" * 5000 + b"}", ["line 1", "not JSON"]),
     "latin.jsonl": (b'{"prompt":"\xfc","answer":"b"}', ["UTF-8", "0xfc"]),
     "latin.csv": (b"prompt,answer\n\xfc,b\n", ["UTF-8"]),
