@@ -30,6 +30,7 @@ from lowmem_grpo.cli_rollouts import rollouts
 
 __all__ = ["main"]
 
+CARD = "README.md"
 COMPARED = 8  # prompts on which a merged model is compared with its policy
 
 
@@ -276,6 +277,7 @@ def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
         check_output,
         export_adapter,
         exported_step,
+        exported_to,
     )
 
     source, console = Path(run), Console(quiet=quiet)
@@ -283,9 +285,10 @@ def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
     config = read_config(str(source / "config.toml"), None, (), {})
     step = exported_step(adapter)
     if kind == "adapter":
-        export_adapter(adapter, output)
+        with exported_to(output) as partial:
+            export_adapter(adapter, partial)
+            (partial / CARD).write_text(model_card(source, config, "LoRA adapter", step))
         click.echo(f"{output}: adapter from {adapter}")
-        (output / "README.md").write_text(model_card(source, config, "LoRA adapter", step))
         return
     from lowmem_grpo.rollout.groups import prompt_ids
     from lowmem_grpo.run.merge import compare, merge
@@ -295,8 +298,9 @@ def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
     # The head as it is in the files, and the embedding where it can be written from.
     whole = config.settled({"model.lm_head_bits": 16, "memory.embedding_on_host": False}, "export")
     policy = open_policy(whole, console.say, adapter=adapter)
-    dtype = merge(policy, output)
-    (output / "README.md").write_text(model_card(source, config, "merged 16-bit model", step))
+    with exported_to(output) as partial:
+        dtype = merge(policy, partial)
+        (partial / CARD).write_text(model_card(source, config, "merged 16-bit model", step))
     click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     prompts = [

@@ -47,6 +47,12 @@ class NonFiniteError(UserError):
     exit_code = 1
 
 
+class StorageError(UserError):
+    """What is to be kept cannot be written."""
+
+    exit_code = 1
+
+
 class DamageError(UserError):
     """A file of a run is not what was written."""
 

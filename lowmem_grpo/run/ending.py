@@ -4,17 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from lowmem_grpo.errors import DamageError, UserError
+from lowmem_grpo.errors import DamageError, StorageError
 from lowmem_grpo.policy.integrity import IntegrityError
 from lowmem_grpo.run.checkpoint import newest_sound
 
-__all__ = ["Ending", "StorageError"]
-
-
-class StorageError(UserError):
-    """The run directory cannot be written."""
-
-    exit_code = 1
+__all__ = ["Ending"]
 
 
 class Ending:

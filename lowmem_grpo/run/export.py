@@ -1,16 +1,22 @@
 """Taking a trained adapter out of a run, in PEFT's format."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lowmem_grpo.checksum import damage, unsealed
-from lowmem_grpo.errors import ConfigError, DamageError
+from lowmem_grpo.errors import ConfigError, DamageError, StorageError
 from lowmem_grpo.run.best import BEST, FILE, read_best
 from lowmem_grpo.run.checkpoint import SEALS, newest_sound, read_state
+from lowmem_grpo.run.directory import PARTIAL, replace_directory, sync_file
 
-__all__ = ["adapter_directory", "check_output", "export_adapter", "exported_step"]
+__all__ = [
+    "adapter_directory", "check_output", "export_adapter", "exported_step", "exported_to",
+]  # fmt: skip
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -66,9 +72,30 @@ def check_output(output: Path) -> None:
         raise ConfigError(f"--output {output} exists and is not an empty directory")
 
 
-def export_adapter(source: Path, output: Path) -> None:
-    """Copy the adapter at `source` to `output`, which must not exist or be empty."""
+@contextlib.contextmanager
+def exported_to(output: Path) -> Iterator[Path]:
+    """A directory to write to, which comes to be at `output` when it is complete, and not before.
+    Raises ConfigError as `check_output` does, StorageError for what cannot be written.
+    """
     check_output(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}{PARTIAL}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        replace_directory(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {output}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def export_adapter(source: Path, output: Path) -> None:
+    """Copy the adapter at `source` into a directory."""
     for name in _FILES:
         shutil.copyfile(source / name, output / name)

@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from lowmem_grpo.run.ending import Ending, StorageError
+from lowmem_grpo.errors import StorageError
+from lowmem_grpo.run.ending import Ending
 
 
 def leave(run, error, *, whole, resumed=None):

@@ -1,5 +1,6 @@
 """Merged models, as plain transformers loads them, beside the policy; and model cards."""
 
+import errno
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lowmem_grpo.run.card
 from lowmem_grpo.config import build_config
 from lowmem_grpo.policy.base import AdapterSettings
 from lowmem_grpo.policy.load import load_policy
@@ -106,3 +108,23 @@ def test_a_card_of_a_run_that_has_only_begun(tmp_path):
     card = model_card(tmp_path / "sums", build_config([]), "LoRA adapter", 0)
     assert "0 steps" in card
     assert "Reward" not in card
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_what_cannot_be_written_whole_is_not_there(tiny_model_dir, tmp_path, monkeypatch, kind):
+    train(tiny_model_dir, tmp_path / "run", "--steps", "1")
+    (tmp_path / "out").mkdir()
+    command = ["export", tmp_path / "run", "--format", kind, "--output", tmp_path / "out", "-q"]
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lowmem_grpo.run.card, "model_card", full)  # the last thing that is written
+        failed = call(*command)
+    assert failed.exit_code == 1
+    assert f"cannot write {tmp_path}/out: [Errno 28] No space left on device" in failed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert list((tmp_path / "out").iterdir()) == []
+    assert call(*command).exit_code == 0
+    assert (tmp_path / "out/README.md").is_file()
