@@ -4,6 +4,7 @@ tokenizer.
 
 from pathlib import Path
 
+import gguf
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -26,6 +27,19 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 0,
     "tie_word_embeddings": True,
+}
+
+# The file's names for transformers' tensors.
+LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -65,3 +79,40 @@ def make_tiny_model(
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return Path(directory)
+
+
+def write_gguf(directory: Path, path: Path) -> Path:
+    """Write a tiny Qwen2 as one GGUF file, with a tokenizer of single characters; returns it."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    config, tensors = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    characters = [chr(code) for code in range(33, 127)]
+    tokens = ["<e>", *characters, "ab"]
+    tokens += [f"<{i}>" for i in range(128 - len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * 127)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", tensors["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", tensors["model.norm.weight"].numpy())
+    for layer in range(config.num_hidden_layers):
+        for theirs, ours in LAYER_NAMES.items():
+            for kind in ("weight", "bias"):
+                tensor = tensors.get(f"model.layers.{layer}.{ours}.{kind}")
+                if tensor is not None:
+                    writer.add_tensor(f"blk.{layer}.{theirs}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -5,7 +5,6 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,20 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy import source
 from lowmem_grpo.policy.source import DEMO, cache_directory, fetch, resolve
-from tests.tiny import TEMPLATE, make_tiny_model
-
-# The file's names for transformers' tensors.
-LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+from tests.tiny import TEMPLATE, make_tiny_model, write_gguf
 
 
 @pytest.fixture
@@ -45,39 +31,7 @@ def qwen(tmp_path_factory):
 def gguf_file(qwen, tmp_path_factory):
     """The same model in one GGUF file, with a tokenizer of single characters."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    model = AutoModelForCausalLM.from_pretrained(qwen)
-    config, tensors = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    characters = [chr(code) for code in range(33, 127)]
-    tokens = ["<e>", *characters, "ab"]
-    tokens += [f"<{i}>" for i in range(128 - len(tokens))]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * 127)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    writer.add_tensor("token_embd.weight", tensors["model.embed_tokens.weight"].numpy())
-    writer.add_tensor("output_norm.weight", tensors["model.norm.weight"].numpy())
-    for layer in range(config.num_hidden_layers):
-        for theirs, ours in LAYER_NAMES.items():
-            for kind in ("weight", "bias"):
-                tensor = tensors.get(f"model.layers.{layer}.{ours}.{kind}")
-                if tensor is not None:
-                    writer.add_tensor(f"blk.{layer}.{theirs}.{kind}", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_gguf(qwen, path)
 
 
 def no_network(*args, **kwargs):
