@@ -12,7 +12,6 @@ limits them is how far the policy gets from the base, where ratios are clipped.
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from lowmem_grpo.checksum import sealed, unsealed
@@ -22,7 +21,7 @@ from lowmem_grpo.grpo.packing import pack
 from lowmem_grpo.grpo.update import Scoring, score_reference
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
-from lowmem_grpo.run.checkpoint import read_group
+from lowmem_grpo.run.checkpoint import group_document, read_group
 from lowmem_grpo.run.directory import write_atomic
 from lowmem_grpo.sections import TaskConfig
 from lowmem_grpo.setup import sampling_of
@@ -151,7 +150,7 @@ def fill(
             policy.release()
             for group in made:
                 group.advantages = []
-                stream.write(sealed(asdict(group)) + "\n")
+                stream.write(sealed(group_document(group)) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
             advance(len(made))

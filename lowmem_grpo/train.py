@@ -287,7 +287,7 @@ def train(
                     if record["out_of_memory"]:  # which a resumed run need not find out again
                         write_atomic(run / "config.toml", config_toml(fitting.config))
                     save()
-                hold_out()
+            hold_out()
         where = save()
         if state.step < config.run.steps:
             console.say(f"stopped by {stop.requested} after step {state.step}, saved in {where}")

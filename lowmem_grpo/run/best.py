@@ -17,6 +17,7 @@ from lowmem_grpo.sections import EvalConfig
 __all__ = ["BEST", "FILE", "Best", "read_best"]
 
 BEST, FILE = "best", "best.json"
+_WAY_OUT = "bring it back, or remove it: a resumed run keeps its next best"
 
 
 class Best:
@@ -58,7 +59,7 @@ def read_best(directory: Path) -> dict[str, Any]:
     try:
         document = unsealed((directory / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DamageError(f"{directory / FILE}: {error}") from error
+        raise DamageError(f"{directory / FILE}: {error}: {_WAY_OUT}") from error
     if problem := damage(directory, document["files"]):
-        raise DamageError(f"{directory}: {problem}")
+        raise DamageError(f"{directory}: {problem}: {_WAY_OUT}")
     return document

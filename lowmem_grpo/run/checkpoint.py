@@ -39,7 +39,7 @@ from lowmem_grpo.run.directory import (
 from lowmem_grpo.tasks.base import Problem
 
 __all__ = [
-    "SEALS", "Checkpoints", "State", "load_checkpoint", "load_tensors", "newest_sound",
+    "SEALS", "Checkpoints", "State", "group_document", "load_checkpoint", "newest_sound",
     "read_adapter", "read_group", "read_state", "save_adapter", "save_final",
 ]  # fmt: skip
 
@@ -131,7 +131,7 @@ class Checkpoints:
                 "out of memory in the optimizer's step, with the adapters of the step before not "
                 "on the disk to begin it again: use run.resume_every = 1"
             )
-        load_tensors(self._folder / _name(state.step), self._policy, self._optimizer)
+        _load_tensors(self._folder / _name(state.step), self._policy, self._optimizer)
 
     def take_seconds(self) -> float:
         """What saving took since this was last asked."""
@@ -155,7 +155,7 @@ class Checkpoints:
                 "format": FORMAT,
                 **plain,
                 "rates": asdict(state.rates),
-                "groups": state.groups and [asdict(group) for group in state.groups],
+                "groups": state.groups and [group_document(group) for group in state.groups],
                 "compute_dtype": str(self._policy.dtype).removeprefix("torch."),
                 "config": config.model_dump(mode="json"),
                 "files": self._files,
@@ -264,7 +264,7 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
             f"{path} was trained in {document['compute_dtype']}, and this is {dtype}: "
             f"use --set model.compute_dtype={document['compute_dtype']}"
         )
-    load_tensors(path, policy, optimizer)
+    _load_tensors(path, policy, optimizer)
     groups = document["groups"]
     whole = {"groups": groups and [read_group(g) for g in groups], "rates": document["rates"]}
     whole["rates"] = Rates(**whole["rates"])
@@ -272,7 +272,7 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
     return State(**plain, **whole)
 
 
-def load_tensors(path: Path, policy, optimizer) -> None:
+def _load_tensors(path: Path, policy, optimizer) -> None:
     """Put adapters, moments and a reference that moves in place. Raises ModelError."""
     policy.load_adapter_state(read_adapter(path))
     if policy.reference_state():
@@ -293,8 +293,14 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"cannot read {path}: {error}") from error
 
 
+def group_document(group: Group) -> dict[str, Any]:
+    """A group for JSON. Its lists are the group's own: `asdict` would copy every number."""
+    rollouts = [vars(rollout) for rollout in group.rollouts]
+    return {**vars(group), "problem": asdict(group.problem), "rollouts": rollouts}
+
+
 def read_group(data: dict[str, Any]) -> Group:
-    """A group as `asdict` and JSON have it."""
+    """A group as `group_document` and JSON have it."""
     problem = data["problem"]
     data["problem"] = Problem(**{**problem, "messages": tuple(problem["messages"])})
     data["rollouts"] = [Rollout(**rollout) for rollout in data["rollouts"]]

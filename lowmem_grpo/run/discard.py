@@ -7,13 +7,12 @@ is taken on one; it is kept for inspection, and the next problems are sampled.
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import NonFiniteError
-from lowmem_grpo.run.checkpoint import State
+from lowmem_grpo.run.checkpoint import State, group_document
 from lowmem_grpo.run.directory import RunDirectory, write_atomic
 
 __all__ = ["discarding"]
@@ -58,7 +57,7 @@ def _write(run: RunDirectory, state: State, error: NonFiniteError):
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"batch-{state.batch:06d}.json"
-    groups = [asdict(group) for group in state.groups or []]
+    groups = [group_document(group) for group in state.groups or []]
     document = {"step": state.step + 1, "batch": state.batch, "error": str(error)}
     write_atomic(file, json.dumps(_plain({**document, "groups": groups}), allow_nan=False))
     for old in sorted(folder.glob("batch-*.json"))[:-KEPT]:

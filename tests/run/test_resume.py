@@ -177,6 +177,21 @@ def test_settings_that_change_the_mathematics_are_refused(tiny_model_dir, tmp_pa
     assert "changed since it was started: grpo.beta" in changed.stderr
 
 
+def test_other_memory_settings_change_the_rounding_alone(tiny_model_dir, tmp_path):
+    settings = ["--reward", "overlong:max=6,cache=5", "--set", "memory.micro_batch_tokens=400"]
+    train(tiny_model_dir, tmp_path / "whole", "--steps", "4", *settings)
+    part = tmp_path / "part"
+    train(tiny_model_dir, part, "--steps", "2", *settings)
+    less = ["--set", "memory.micro_batch_tokens=30", "--set", "memory.rollout_batch_size=1"]
+    assert call("train", "--output", part, "--resume", "--steps", "4", *less).exit_code == 0
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(part), strict=True):
+        same = ("reward_mean", "tokens_generated", "completion_length_mean", "frac_reward_zero_std")
+        assert [one[name] for name in same] == [other[name] for name in same]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-7)
+    assert metrics(part)[3]["tokens_trunk"] > metrics(part)[1]["tokens_trunk"]  # prompts repeated
+
+
 def test_checkpoints_are_pruned_and_line_files_rewound(tiny_model_dir, tmp_path):
     part = tmp_path / "part"
     train(tiny_model_dir, part, "--steps", "4", "--save-every", "1", "--set", "run.keep_last=2")
