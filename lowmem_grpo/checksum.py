@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.plain_json import parse_json
+
 __all__ = ["checksums", "damage", "sealed", "sha256_of", "unsealed"]
 
 SEAL = "sha256"
@@ -53,10 +55,7 @@ def sealed(document: Mapping[str, Any]) -> str:
 
 def unsealed(text: str) -> dict[str, Any]:
     """What was `sealed`. Raises ValueError, in words, for what is none or has changed."""
-    try:
-        document = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    document = parse_json(text)
     if not isinstance(document, dict) or not isinstance(document.get(SEAL), str):
         raise ValueError("it has no checksum")
     expected = document.pop(SEAL)

@@ -109,9 +109,12 @@ def train(
         raise click.UsageError("--allow-changed is for a run that is continued: use --resume")
     if resume and run_file is None:
         # The run's own settings, whatever the defaults and the profile say today.
-        saved = Path(flags["run__output"] or "runs/grpo") / "config.toml"
-        if saved.is_file():
-            run_file, profile = str(saved), None
+        from lowmem_grpo.run.directory import check_directory
+
+        output = flags["run__output"] or "runs/grpo"
+        check_directory(output, resume=True, overwrite=False)
+        run_file, profile = str(Path(output) / "config.toml"), None
+        flags["run__output"] = output  # wherever the run was made
     flags["rewards__functions"] = list(rewards) or None
     from lowmem_grpo.run.console import Console
 

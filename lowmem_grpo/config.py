@@ -177,6 +177,8 @@ def read_toml(path: str, sealed: bool = False) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_bytes().decode()
+        if sealed and not text.strip():
+            raise DamageError(f"{path} is empty: put it back")
         if sealed and text.startswith(_SEAL):
             first, _, rest = text.partition("\n")
             if first.removeprefix(_SEAL) != _sha256(rest):

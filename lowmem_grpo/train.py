@@ -122,14 +122,14 @@ def train(
                 watch.rehearse(policy, optimizer, advance)
         ending = enter(Ending(run.path, lambda: save(), console.warn))
         run.begin()
-        write_atomic(run / "config.toml", config_toml(config))
-        write_atomic(run / "plan.json", json.dumps(plan.to_json()))
-        watch.keep()
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             run.rewind(name, state.step)
         run.rewind("eval.jsonl", state.evaluated)
         alarms = Alarms(run.lines("metrics.jsonl"))
         best = Best(run, config.eval, state.evaluated)
+        write_atomic(run / "config.toml", config_toml(config))
+        write_atomic(run / "plan.json", json.dumps(plan.to_json()))
+        watch.keep()
         checkpoints = Checkpoints(run, policy, optimizer, base_name, resumed.checkpoint)
         predicted = {phase.name: phase.peak_allocated_bytes for phase in plan.phases}
         fitting = Fitting(config, policy, predicted, console.warn)

@@ -19,8 +19,8 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.source import INDEX, WEIGHTS, read_object, weight_map
 
 __all__ = [
-    "broken_file", "check_ends", "check_layers", "check_tokens", "check_weights", "own_code",
-    "own_tokenizer",
+    "broken_file", "check_ends", "check_layers", "check_tokenizer_config", "check_tokens",
+    "check_weights", "own_code", "own_tokenizer",
 ]  # fmt: skip
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -141,6 +141,12 @@ def check_ends(source: str, name: str, ends: Any, vocab: int) -> None:
                 f"{name}: eos_token_id = {ends!r:.100} (in {GENERATION} or config.json): "
                 f"{token!r:.100} is none of the model's {vocab} tokens"
             )
+
+
+def check_tokenizer_config(source: str) -> None:
+    """Raises ModelError for a `tokenizer_config.json` that is read in one way or another."""
+    if file := _file(source, TOKENIZER_CONFIG):
+        read_object(file)
 
 
 def check_tokens(name: str, tokenizer, vocab: int) -> None:

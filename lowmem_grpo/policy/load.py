@@ -22,6 +22,7 @@ from lowmem_grpo.policy.files import (
     broken_file,
     check_ends,
     check_layers,
+    check_tokenizer_config,
     check_tokens,
     check_weights,
     own_tokenizer,
@@ -117,6 +118,7 @@ def load_tokenizer(name: str, chat_template: str | None = None):
     ModelError.
     """
     source = resolve(name)
+    check_tokenizer_config(source)
     with quiet_libraries():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -232,12 +234,10 @@ def check_forward(policy: Policy, name: str) -> None:
             policy.set_mlp_tile(0)
         policy.causal_lm.set_attn_implementation("eager")
         try:
-            plain = [
-                policy.causal_lm(input_ids=torch.cat([ids[:PROMPT], own])[None], use_cache=False)
-                .logits[0]
-                .float()
-                for own in (ids[PROMPT:first], ids[first:])
-            ]
+            with _supported(policy, name):
+                plain = [
+                    _plain(policy, ids[:PROMPT], own) for own in (ids[PROMPT:first], ids[first:])
+                ]
         finally:
             policy.causal_lm.set_attn_implementation(ATTENTION)
     with policy.as_sampler():
@@ -266,6 +266,12 @@ def _packed(policy: Policy) -> torch.Tensor:
     starts = (0, PROMPT), *((PROMPT, PROMPT + tokens) for tokens in OWN)
     positions = torch.cat([torch.arange(*each) for each in starts]).to(policy.device)
     return policy.logits(policy.hidden(_ids(policy), positions, policy.layout([(PROMPT, OWN)])))
+
+
+def _plain(policy: Policy, prompt: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The model's own logits of a prompt with one completion."""
+    ids = torch.cat([prompt, own])[None]
+    return policy.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
 
 
 @contextlib.contextmanager

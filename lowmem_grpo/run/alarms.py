@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
 
+from lowmem_grpo.errors import DamageError
+
 __all__ = ["WINDOW", "Alarms"]
 
 WINDOW = 10  # steps
@@ -39,7 +41,9 @@ FORM = ("format", "overlong", "repetition")
 
 
 class Alarms:
-    """`records`: those of the steps before, if the run goes on."""
+    """`records`: those of the steps before, if the run goes on. Raises DamageError for one that is
+    none.
+    """
 
     def __init__(self, records: Iterable[dict[str, Any]] = ()):
         self._first: list[dict[str, Any]] = []
@@ -47,7 +51,13 @@ class Alarms:
         self._active: set[str] = set()
         self._steps = 0
         for record in records:
-            self.step(record)
+            try:
+                self.step(record)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise DamageError(
+                    f"metrics.jsonl, step {record.get('step')}: not the record of a step "
+                    f"({type(error).__name__}: {error}): mend or remove its line"
+                ) from error
 
     def step(self, record: dict[str, Any]) -> list[str]:
         """Put the names of what is wrong into the record, as `alarms`; returns what is new, in

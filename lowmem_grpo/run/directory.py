@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lowmem_grpo.errors import ConfigError, DamageError
+from lowmem_grpo.plain_json import parse_json
 
 __all__ = [
     "RunDirectory", "check_directory", "read_lines", "replace_directory",
@@ -81,7 +82,7 @@ class RunDirectory:
         off.
         """
         path = self.path / name
-        if not path.is_file():
+        if not path.exists():
             return
         kept = []
         for record in read_lines(path):
@@ -139,13 +140,15 @@ def _is_nothing(name: str) -> bool:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a line file; stops at a last line that was cut off. Raises DamageError."""
+    if path.is_dir():
+        raise DamageError(f"{path} is a directory: remove it")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise DamageError(
                     f"line {number} of {path} is damaged ({error}): mend or remove it"
                 ) from error

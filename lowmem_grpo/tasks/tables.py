@@ -172,7 +172,7 @@ def _parquet(file: Path) -> ArrowTable:
             f'{file}: parquet needs pyarrow: pip install "lowmem-grpo[tasks]"'
         ) from error
     try:
-        return ArrowTable(pyarrow.parquet.read_table(file))
+        return ArrowTable(pyarrow.parquet.read_table(file, page_checksum_verification=True))
     except pyarrow.ArrowException as error:
         raise TaskError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error
 

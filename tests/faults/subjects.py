@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +217,8 @@ def _snapshot(root: Path, random: Random) -> list:
 
 
 def _replays(file: Path, result, root: Path) -> bool:
-    """As it was, with something behind its end, which no reader of pickles looks at."""
-    return file.read_bytes().startswith((root / "snapshot.pickle.good").read_bytes())
+    """Python reads it: a snapshot, of whatever numbers; what lies behind its end no reader sees."""
+    return {"segments", "device_traces"} <= pickle.loads(file.read_bytes()).keys()
 
 
 def _document(file: Path, result, root: Path) -> bool:
@@ -227,11 +228,17 @@ def _document(file: Path, result, root: Path) -> bool:
     return True
 
 
+def _compared(file: Path, result, root: Path) -> bool:
+    """The same; or a run that went on, and said that nothing was added to the file."""
+    said = f"not compared, DamageError: cannot read {file}" in result.stderr
+    return said or _document(file, result, root)
+
+
 def _lines(file: Path, result, root: Path) -> bool:
     """Gone, or lines of JSON, of which the last may be cut off."""
     if file.exists() or file.is_symlink():
-        for line in file.read_bytes().decode().splitlines(keepends=True):
-            assert not line.endswith("\n") or json.loads(line, object_pairs_hook=_once)
+        *lines, _ = file.read_bytes().split(b"\n")
+        assert all(json.loads(line.decode(), object_pairs_hook=_once) for line in lines)
     return True
 
 
@@ -248,8 +255,8 @@ BASE = ["--set", "grpo.old_policy=base"]
 
 
 def _begun(file: Path, result, root: Path) -> bool:
-    """A pool that is gone on with: it ends whole, whatever of it had been cut off at its end."""
-    return len(file.read_text().splitlines()) == 6
+    """A pool that is whole, or was made whole: but for a line that was cut off at its end."""
+    return file.read_bytes().count(b"\n") in (4, 6)
 
 
 def _resume(root: Path, random: Random) -> list:
@@ -285,6 +292,8 @@ def _passed_over(file: Path, result, root: Path) -> bool:
 
 
 _IN_MODEL = ("model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja")
+_SWAPPED = ("metrics.jsonl, step",)
+_NO_RUN = ("run/config.json", "run is not a run directory", "run holds no run")
 _CHECKPOINT = "run/checkpoints/step-000002"
 _CHECKPOINTED = ("state.json", "adapter_model.safetensors", "optimizer.safetensors")
 SUBJECTS = [
@@ -319,11 +328,19 @@ SUBJECTS = [
     Subject("snapshot.pickle", _snapshot, _replays),
     Subject("plan.json", _memory("plan.json"), _document),
     Subject("run/plan.json", _memory("run"), _document),
-    Subject("run/memory.json", _any(_memory("run"), _resume), _document, writes=("run/",)),
-    Subject("run/metrics.jsonl", _any(_memory("run"), _resume), _lines, writes=("run/",)),
-    Subject("run/rollouts.jsonl", _resume, _lines, writes=("run/",)),
-    Subject("run/eval.jsonl", _any(_resume, _taken()), _lines, writes=("run/",)),
-    Subject("run/config.toml", _any(_resume, _taken()), _same_settings, writes=("run/",)),
+    Subject(
+        "run/memory.json", _any(_memory("run"), _resume), _compared, ("run/plan.json",), ("run/",)
+    ),
+    Subject("run/metrics.jsonl", _any(_memory("run"), _resume), _lines, _SWAPPED, ("run/",)),
+    Subject("run/rollouts.jsonl", _resume, _lines, _SWAPPED, ("run/",)),
+    Subject("run/eval.jsonl", _resume, _lines, _SWAPPED, ("run/",)),
+    Subject(
+        "run/config.toml",
+        _any(_resume, _taken()),
+        _same_settings,
+        named=_NO_RUN,
+        writes=("run/",),
+    ),
     Subject("pool/pool.json", _pool, _never, named=("/pool",), writes=("pool/",)),
     Subject("pool/groups.jsonl", _pool, _begun, named=("/pool",), writes=("pool/",)),
     *(

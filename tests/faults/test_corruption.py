@@ -4,8 +4,10 @@ None crashes, none passes for what it is not, none costs anything that was sound
 """
 
 import os
+import re
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from random import Random
 from unittest import mock
 
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowmem_grpo.config import Config
 from tests.faults.corruption import corruptions, snapshot
 from tests.faults.subjects import SUBJECTS
 from tests.faults.workspace import build
@@ -20,6 +23,7 @@ from tests.runs import call
 
 EXIT_CODES = (0, 1, 2, 3)
 LONGEST = 500  # characters of a message
+SETTING = re.compile(rf"\b({'|'.join(Config.model_fields)})\.\w+ = ")
 LOCKS = ("run/run.lock", "taken/run.lock")
 ALWAYS = settings(
     derandomize=True,
@@ -30,14 +34,13 @@ ALWAYS = settings(
 _BY_FILE = {subject.file: subject for subject in SUBJECTS}
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """A function that puts the workspace back as it was, and gives its root."""
-    base = tmp_path_factory.mktemp("faults")
+@contextmanager
+def restored(base, whole):
+    """A function that puts a workspace back as it was, and gives its root."""
     root, sound = base / "work", base / "sound"
     with mock.patch.dict(os.environ, {"LOWMEM_GRPO_CACHE": str(base / "cache")}):
-        build(root)
-        for name in ("snapshot.pickle", "run/config.toml"):
+        build(root, whole)
+        for name in ("judge.toml", "run/config.toml"):
             shutil.copyfile(root / name, root / f"{name}.good")
         root.rename(sound)
 
@@ -49,30 +52,35 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    with restored(tmp_path_factory.mktemp("faults"), whole=True) as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
 def counted(request):
     """Outcomes by file and by corruption; printed at the end."""
     outcomes = Counter()
     yield outcomes
-    report = request.config.pluginmanager.get_plugin("terminalreporter")
-    if report is None or not outcomes:
+    if not outcomes:
         return
+    lines = []
     kinds = ("refused", "taken as it says", "another was used")
     for which, title in ((0, "file"), (1, "corruption")):
-        report.write_line(f"\n| {title} | inputs | {' | '.join(kinds)} |\n|---|---|---|---|---|")
+        lines.append(f"\n| {title} | inputs | {' | '.join(kinds)} |\n|---|---|---|---|---|")
         rows = dict.fromkeys(key[which] for key in outcomes)
         for row in [*rows, None]:
-            cells = [
-                sum(
-                    n for key, n in outcomes.items() if row in (key[which], None) and key[2] == kind
-                )
-                for kind in kinds
-            ]
-            report.write_line(f"| {row or 'all'} | {sum(cells)} | {' | '.join(map(str, cells))} |")
+            of_row = {key: n for key, n in outcomes.items() if row in (key[which], None)}
+            cells = [sum(n for key, n in of_row.items() if key[2] == kind) for kind in kinds]
+            lines.append(f"| {row or 'all'} | {sum(cells)} | {' | '.join(map(str, cells))} |")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("\n".join(lines))
 
 
 def outcome(subject, corruption: str, seed: int, root) -> str:
     """Damage the file, run the command, and judge what became of it."""
     file, random = root / subject.file, Random(f"{subject.file} {corruption} {seed}")
+    sound = snapshot(root)
     corruptions(file)[corruption](file, random)
     command = subject.commands(root, random)
     before = snapshot(root)
@@ -87,39 +95,33 @@ def outcome(subject, corruption: str, seed: int, root) -> str:
     for name in before.keys() | after.keys():
         if not name.startswith(allowed):
             assert before.get(name) == after.get(name), (name, told)
-    if result.exit_code == 0 or (corruption and _read_and_found_good(subject, result, root)):
+    # The directory that is taken is refused after what is read has been found good.
+    if result.exit_code == 0 or f"{root / 'taken'} exists" in result.stderr:
         try:
-            said = subject.says(file, result, root)
+            # Zeros in the place of zeros are no damage.
+            said = before == sound or subject.says(file, result, root)
         except Exception as error:  # an independent reader has no narrower way to say no
             said, told = False, (error, *told)
         assert said, ("accepted silently", told)
         return "another was used" if "not used: " in result.stderr else "taken as it says"
+    if command[:2] == ["memory", "replay"] and result.exit_code == 1 and not result.stderr:
+        return "refused"  # replayed, and found to differ, in the table that it prints
     messages = [line for line in result.stderr.splitlines() if line.lower().startswith("error: ")]
     assert len(messages) == 1, told
     assert len(messages[0]) <= LONGEST + len(str(root)), told
     named = (str(file), *subject.named)
-    setting = any(f"{section}." in messages[0] for section in ("task", "rewards", "run", "lora"))
-    assert setting or any(name in messages[0] for name in named), told
+    assert SETTING.search(messages[0]) or any(name in messages[0] for name in named), told
     return "refused"
 
 
-def _read_and_found_good(subject, result, root) -> bool:
-    return f"{root / 'taken'} exists" in result.stderr
-
-
-SHORT = [
-    (subject.file, kind)
-    for place, subject in enumerate(SUBJECTS)
-    for kind in [("cut off", "one bit flipped", "another type", "gone", "a directory")[place % 5]]
-]
-
-
-@pytest.mark.parametrize("place", range(0, len(SUBJECTS), 5))
-def test_one_input_of_each_file(workspace, counted, place):
-    for subject in SUBJECTS[place : place + 5]:
-        root = workspace()
-        kinds = sorted(corruptions(root / subject.file))
-        outcome(subject, Random(subject.file).choice(kinds), 0, root)
+def test_a_few_corruptions_of_most_files(tmp_path):
+    with restored(tmp_path, whole=False) as fresh:
+        there = [subject for subject in SUBJECTS if (fresh() / subject.file).exists()]
+        assert len(there) > 20
+        for subject in there:
+            kinds = sorted(corruptions(fresh() / subject.file))
+            for kind in Random(subject.file).sample(kinds, 1 if subject.file[:4] == "run/" else 2):
+                outcome(subject, kind, 0, fresh())
 
 
 @pytest.mark.slow
@@ -128,10 +130,9 @@ def test_every_corruption_of_every_file(workspace, counted, file):
     subject = _BY_FILE[file]
     for corruption in corruptions(workspace() / file):
 
-        @ALWAYS
-        @settings(max_examples=2)
-        @given(seed=st.integers(0, 2**32 - 1))
-        def refused_or_right(seed, corruption=corruption):
+        @settings(ALWAYS, max_examples=2)
+        @given(st.just(corruption), st.integers(0, 2**32 - 1))
+        def refused_or_right(corruption, seed):
             found = outcome(subject, corruption, seed, workspace())
             counted[file, corruption, found] += 1
 
