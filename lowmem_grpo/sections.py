@@ -109,8 +109,9 @@ class TaskConfig(Section):
 class RewardsConfig(Section):
     functions: list[str] = []
     """number, choice, math, task, format:REGEX, json[:SCHEMA.json], code[:column=tests,...],
-    overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, judge:FILE.toml or FILE.py:function;
-    empty means the task's own.
+    overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, judge:FILE.toml,
+    model:NAME[,max=TOKENS,batch=TOKENS,label=NAME,template=FILE] or FILE.py:function; empty means
+    the task's own.
     """
     weights: list[float] | None = None
     """One factor for each function; all 1 when left out."""

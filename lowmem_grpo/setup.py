@@ -16,7 +16,8 @@ from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
-from lowmem_grpo.rewards import Reward, load_rewards
+from lowmem_grpo.rewards import Reward, is_model, load_rewards
+from lowmem_grpo.rewards.model import ModelReward, ModelSpec, parse_spec
 from lowmem_grpo.rollout.groups import prompt_ids
 from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.run.checkpoint import read_adapter
@@ -28,10 +29,13 @@ __all__ = [
     "choose",
     "evaluation_settings",
     "learning_rate_of",
+    "load_models",
+    "open_models",
     "open_optimizer",
     "open_policy",
     "open_rewards",
     "open_task",
+    "reward_models",
     "rollout_role",
     "sampling_of",
     "update_settings",
@@ -213,4 +217,29 @@ def open_rewards(config: Config, task: Task) -> list[Reward]:
         timeout=r.timeout,
         limits=limits,
         with_steps=r.step_separator is not None,
+        conversation=_conversation(config),
     )
+
+
+def reward_models(config: Config) -> list[ModelSpec]:
+    """The reward models as configured, of which nothing is read yet. Raises ConfigError."""
+    specs = filter(is_model, config.rewards.functions)
+    return [parse_spec(spec, _conversation(config)) for spec in specs]
+
+
+def open_models(config: Config, rewards: list[Reward], say=lambda text: None) -> Policy:
+    """Load the reward models, which leave the device as it was, and the policy as configured."""
+    load_models([reward.function for reward in rewards if reward.here], config, say)
+    return open_policy(config, say)
+
+
+def load_models(models: list[ModelReward], config: Config, say=lambda text: None) -> None:
+    """Load reward models for the policy's device, in its compute dtype. Raises ModelError."""
+    for model in models:
+        machine, choices = choose(config)
+        model.load(machine.device, getattr(torch, choices["compute_dtype"].value))
+        say(f"reward model {model.spec.name}: in 4 bits, {choices['compute_dtype'].value}")
+
+
+def _conversation(config: Config) -> int:
+    return config.rollout.max_prompt_length + config.rollout.max_completion_length

@@ -58,8 +58,8 @@ from lowmem_grpo.setup import (
     check_prompts,
     evaluation_settings,
     learning_rate_of,
+    open_models,
     open_optimizer,
-    open_policy,
     open_rewards,
     open_task,
     update_settings,
@@ -103,7 +103,7 @@ def train(
         resumed = Resumed(run.path if resume else None, config, allow_changed, console)
 
         # LOAD
-        policy = open_policy(config, console.say)
+        policy = open_models(config, rewards, console.say)
         if config.grpo.moves_reference:
             policy.keep_reference()
         base_name = resolve(config.model.name)
@@ -116,7 +116,7 @@ def train(
         if scaler is not None and state.scaler:
             scaler.load_state_dict(state.scaler)
         policy.release()
-        watch = Watch(planner, config, run / "memory.json", console.say, console.warn)
+        watch = Watch(planner, config, run / "memory.json", console.say, console.warn, rewards)
         if rehearse:
             with console.progress("rehearsal", None) as advance:
                 watch.rehearse(policy, optimizer, advance)

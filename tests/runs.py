@@ -39,7 +39,7 @@ _MOST = 8
 
 def _phases(config, model_config, card, **how) -> _Kept:
     """Those of an earlier run that was planned for the same."""
-    sections = ("model", "lora", "rollout", "grpo", "optimizer", "eval")
+    sections = ("model", "lora", "rewards", "rollout", "grpo", "optimizer", "eval")
     key = (config.model_dump_json(include=set(sections)), repr(card), repr(how))
     if key not in _PHASES:
         if len(_PHASES) == _MOST:

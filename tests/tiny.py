@@ -7,7 +7,12 @@ from pathlib import Path
 import gguf
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<e>{% endfor %}"
@@ -67,10 +72,25 @@ def make_tiny_model(
     """Write a random model of a transformers architecture (llama, qwen2, qwen3, mistral, ...) and
     return its directory.
     """
+    return _write(AutoModelForCausalLM, directory, architecture, seed, overrides)
+
+
+def make_tiny_reward_model(
+    directory: Path, architecture: str = "llama", *, seed: int = 0, **overrides
+) -> Path:
+    """The same for a random sequence classifier, of one label unless `num_labels` says otherwise;
+    its padding is the end token.
+    """
+    kind = AutoModelForSequenceClassification
+    more = {"tie_word_embeddings": False, "num_labels": 1, **overrides}
+    return _write(kind, directory, architecture, seed, more)
+
+
+def _write(kind, directory: Path, architecture: str, seed: int, overrides: dict) -> Path:
     config = AutoConfig.for_model(architecture, **{**SHAPE, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = kind.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             # The usual initialisation makes next tokens all but uniform; these have something to
             # say.

@@ -5,15 +5,17 @@ The plan's "other" is what none of the rules below can place.
 
 from __future__ import annotations
 
-__all__ = ["COMPONENTS", "component", "kept_component"]
+__all__ = ["COMPONENTS", "REWARD_MODEL", "component", "kept_component", "of_weights"]
 
 COMPONENTS = (
-    "base_weights", "adapters", "optimizer", "kv_cache", "checkpoints", "activations", "logits",
-    "workspace", "other",
+    "base_weights", "reward_model", "adapters", "optimizer", "kv_cache", "checkpoints",
+    "activations", "logits", "workspace", "other",
 )  # fmt: skip
 
 
 DECODING = ("rollout", "evaluation")
+REWARD_MODEL = "reward_model"
+"""The name under which a reward model's modules and tensors are told to whoever records."""
 
 
 def component(phase: str, module: str, rule: str = "") -> str:
@@ -25,12 +27,19 @@ def component(phase: str, module: str, rule: str = "") -> str:
     if rule:
         return "workspace"
     if phase == "load":
-        return "adapters" if "lora_" in module else "base_weights"
+        return of_weights(module)
     if phase == "optimizer":
         return "optimizer"
     if not module:
         return "logits" if phase in (*DECODING, "reference", "update") else "other"
     return "logits" if module.rpartition(".")[2] == "lm_head" else "activations"
+
+
+def of_weights(name: str) -> str:
+    """What a weight of that name, or a module's, is for."""
+    if name.startswith(REWARD_MODEL):
+        return "reward_model"
+    return "adapters" if "lora_" in name else "base_weights"
 
 
 def kept_component(

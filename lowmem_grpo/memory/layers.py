@@ -37,12 +37,12 @@ def alike(model_config) -> bool:
 
 def shortened(model_config):
     """The same model with `TRACED` layers."""
-    fields = model_config.to_dict()
-    depth = fields["num_hidden_layers"]
+    fields, depth = model_config.to_dict(), model_config.num_hidden_layers
     for name, value in fields.items():
         if isinstance(value, (list, tuple)) and len(value) == depth:
             fields[name] = value[:TRACED]
-    return type(model_config)(**{**fields, "num_hidden_layers": TRACED})
+    own = model_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return type(model_config)(**{**fields, own: TRACED})
 
 
 def base_id(number: int) -> int:

@@ -21,7 +21,9 @@ import torch
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
+from lowmem_grpo.memory.components import REWARD_MODEL
 from lowmem_grpo.memory.phases import PHASES
+from lowmem_grpo.memory.reward_phase import longest_batches, rows_of
 from lowmem_grpo.memory.shapes import Batch, Shapes, Wave, groups_of, packed
 from lowmem_grpo.memory.simulate import add_up
 from lowmem_grpo.memory.timeline import timeline
@@ -133,9 +135,14 @@ class Gauge:
         return Measured("cpu", how, peaks, timeline(events, sums))
 
 
-def alive(policy, optimizer=None) -> list[tuple[str, torch.Tensor]]:
-    """The tensors by name that live through all phases: weights, adapters, gradients, moments."""
+def alive(policy, optimizer=None, models=()) -> list[tuple[str, torch.Tensor]]:
+    """The tensors by name that live through all phases: weights, adapters, gradients, moments, and
+    on a CPU the weights of reward `models`.
+    """
     found = [*named_tensors(policy.model), *policy.tensors_beside()]
+    for model in models if policy.device.type == "cpu" else ():
+        named = named_tensors(model.classifier.model)
+        found += [(f"{REWARD_MODEL}.{name}", tensor) for name, tensor in named]
     parameters = policy.adapter_parameters()
     found += [(name, p.grad) for name, p in parameters.items() if p.grad is not None]
     if optimizer is not None:
@@ -152,11 +159,13 @@ def measure(
     shapes: Shapes,
     gauge: Gauge,
     *,
+    models=(),
     optimizer=None,
     steps: int = 1,
     advance=lambda tokens: None,
 ) -> None:
-    """Run the phases of a step of these shapes within `gauge`, `steps` times.
+    """Run the phases of a step of these shapes within `gauge`, `steps` times. `models`: the reward
+    models, which score their largest batches.
 
     Without an optimizer the gradients are dropped. `advance` is told of tokens that are done.
     """
@@ -166,6 +175,10 @@ def measure(
                 role = rollout_role(policy, config)
                 _decode(policy, shapes.rollout, sampling_of(config, "rollout"), role, advance)
             policy.release()
+        for model in models:
+            with gauge.phase("reward"), model.classifier.on_device():
+                for batch in longest_batches(model.spec):
+                    model.classifier.logits(rows_of(batch))
         _update(policy, config, shapes.batches, gauge, optimizer, advance)
         policy.release()
         if shapes.evaluation is not None:

@@ -1,5 +1,5 @@
-"""The phases of a step on tensors without values: load, rollout, reference, update, optimizer, and
-the evaluation during training.
+"""The phases of a step on tensors without values: load, rollout, reward, reference, update,
+optimizer, and the evaluation during training.
 
 Everything that runs is the product's own code (policy, cache, packing, scoring, objective,
 optimizer step), except that
@@ -12,6 +12,8 @@ optimizer step), except that
 - of many tiles of a norm or an MLP four are run (`policy/tiles.py`).
 - of a model whose layers are alike a few are traced, for all of them (`memory/layers.py`).
 - the second step is the first one's events once more, less what the first left behind.
+
+There is a reward phase where a reward model scores (`memory/reward_phase.py`).
 
 For a card the tensors are meta tensors: they are five times faster to trace than fake ones, need no
 GPU, and the host's, which are real, are told from them. torch has no foreach kernels for them, so
@@ -35,6 +37,7 @@ from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.decoding import decode
 from lowmem_grpo.memory.joining import Part, again, layers_by_name, together, without_host
 from lowmem_grpo.memory.layers import alike, base_id, deepened, shortened
+from lowmem_grpo.memory.reward_phase import RewardPhase
 from lowmem_grpo.memory.rules import CudaRules, StandInAdam8bit
 from lowmem_grpo.memory.shapes import Batch, Shapes, Wave, groups_of, packed
 from lowmem_grpo.memory.simulate import add_up
@@ -61,7 +64,7 @@ from lowmem_grpo.setup import (
 
 __all__ = ["PHASES", "Alone", "Phases", "Traced"]
 
-PHASES = ("load", "rollout", "reference", "update", "optimizer", "evaluation")
+PHASES = ("load", "rollout", "reward", "reference", "update", "optimizer", "evaluation")
 
 DECODED = 4  # tokens on the way, where a few are enough
 SMALLEST = (((2, (2,)),),)  # micro-batches: a prompt and a completion of two tokens
@@ -111,6 +114,7 @@ class Phases:
         self._values = Values(rules)
         self._fake = contextlib.nullcontext() if self._cuda else FakeTensorMode()
         self._short = alike(model_config)
+        self._rewards = RewardPhase(self._unnamed, self._values, self._device, dtype)
         self._policy = None
         self._ends: tuple[bool, int] | None = None  # see `_ready`
         self._policies: dict[tuple[bool, int], Policy] = {}
@@ -119,10 +123,11 @@ class Phases:
 
     def trace(self, config: Config, shapes: Shapes, steps: int = 2) -> Traced:
         """Loading and one or two steps of these shapes, under the memory settings of `config`."""
-        load = self._ready(config)
-        parts = [load]
+        load, models = self._ready(config), self._rewards.loads(config)
+        parts = [*models, load]
         if config.rollout.pool is None:
             parts.append(self._rolled(config, "rollout", shapes.rollout))
+        parts += self._rewards.scores(config, shapes.scored)
         score = self._scored(config, shapes.batches)
         optimizer = self._part(self._step)
         parts += [score, optimizer]
@@ -134,7 +139,8 @@ class Phases:
         copied = score.kept
         if config.grpo.moves_reference:  # which a checkpoint copies, too
             copied += score.kept * self._dtype.itemsize // torch.float32.itemsize
-        return Traced(events + repeated, copied, optimizer.kept, load.host + score.host)
+        host = load.host + score.host + sum(model.host for model in models)
+        return Traced(events + repeated, copied, optimizer.kept, host)
 
     def alone(self, config: Config, shapes: Wave | tuple[Batch, ...]) -> Alone:
         """One phase by itself: a wave of the sampler, or reference and update of micro-batches.
@@ -142,21 +148,32 @@ class Phases:
         Faster than `trace`, and nearly as exact: a wave is decoded at fewer places, a few tiles of
         the head stand for all, and the reference, which takes less than the update, is left out.
         """
-        load = self._ready(config)
+        self._ready(config)
         if isinstance(shapes, Wave):
             part = self._rolled(config, "rollout", shapes, DECODED)
         else:
             part = self._scored(config, shapes, few=True)
-        around = load.kept + self._optimizer(config).kept
-        return Alone(part.events, around, load.host + part.host)
+        around, host = self._around(config)
+        return Alone(part.events, around + self._optimizer(config).kept, host + part.host)
+
+    def reward_alone(self, config: Config) -> list[Alone]:
+        """The largest batches of each reward model."""
+        around, host = self._around(config)
+        around += self._optimizer(config).kept
+        return [Alone(part.events, around, host) for part in self._rewards.scores(config, None)]
 
     def optimizer_alone(self, config: Config) -> Alone:
         """The optimizer's step, with all gradients alive around it."""
-        load, step = self._ready(config), self._optimizer(config)
+        (around, host), step = self._around(config), self._optimizer(config)
         gradients = sum(4 * shape.numel() for shape in self._shapes)
         known = set(step.gradients)
         events = [event for event in step.events if event.id not in known]
-        return Alone(events, load.kept + gradients, load.host)
+        return Alone(events, around + gradients, host)
+
+    def _around(self, config: Config) -> tuple[int, int]:
+        """Bytes of the weights on the device, and of what is in host memory, after loading."""
+        loads = [self._ready(config), *self._rewards.loads(config)]
+        return sum(load.kept for load in loads), sum(load.host for load in loads)
 
     def _optimizer(self, config: Config) -> Part:
         if not self._shapes:  # of the gradients, from which the optimizer's state follows
@@ -165,6 +182,7 @@ class Phases:
 
     def forget(self) -> None:
         """Let go of all parts but loading and the optimizer's, which every step has."""
+        self._rewards.forget()
         kept = self._load.__name__, self._step.__name__
         self._parts = {key: part for key, part in self._parts.items() if key[0] in kept}
 
@@ -198,9 +216,15 @@ class Phases:
         return self._parts[key]
 
     @contextlib.contextmanager
-    def _recorder(self):
+    def _unnamed(self):
         """Records what runs within, without values."""
         with few_tiles(), self._fake, self._values, Recorder(**self._recorded) as recorder:
+            yield recorder
+
+    @contextlib.contextmanager
+    def _recorder(self):
+        """The same of the policy, once there is one."""
+        with self._unnamed() as recorder:
             if self._policy is not None:
                 recorder.name(self._policy.model)
             yield recorder

@@ -27,7 +27,7 @@ __all__ = ["Picture", "compared_picture", "steps_picture", "timeline_picture"]
 COLOURS = {
     "base_weights": "#332288", "adapters": "#117733", "optimizer": "#44aa99",
     "kv_cache": "#88ccee", "checkpoints": "#999933", "activations": "#ddcc77",
-    "logits": "#cc6677", "workspace": "#882255", "other": "#aa4499",
+    "logits": "#cc6677", "workspace": "#882255", "other": "#aa4499", "reward_model": "#661100",
     "allocated": "#88ccee",  # where components are not known
 }  # fmt: skip
 PHASES = {

@@ -24,11 +24,12 @@ from lowmem_grpo.memory.allocator import MIB, AllocatorSettings, Event
 from lowmem_grpo.memory.card import PlanCard, card_choices
 from lowmem_grpo.memory.components import COMPONENTS
 from lowmem_grpo.memory.phases import PHASES, Phases
+from lowmem_grpo.memory.reward_phase import longest_batches
 from lowmem_grpo.memory.shapes import Shapes, completions, longest, pieces, tokens
 from lowmem_grpo.memory.simulate import Usage, add_up, simulate
 from lowmem_grpo.memory.timeline import timeline
 from lowmem_grpo.policy.skeleton import read_model_config
-from lowmem_grpo.setup import choose
+from lowmem_grpo.setup import choose, reward_models
 
 __all__ = ["MemoryPlan", "PhasePlan", "Planner"]
 
@@ -40,7 +41,7 @@ SETTINGS = (
     "memory.offload_overlap", "memory.mlp_tile_tokens", "memory.logits_tile_tokens",
     "memory.logits_tile_vocab", "memory.rollout_batch_size", "memory.kv_cache_bits",
     "memory.embedding_on_host", "model.lm_head_bits", "model.lm_head_kernels",
-    "eval.batch_size",
+    "eval.batch_size", "rewards.functions",
 )  # fmt: skip
 
 
@@ -110,8 +111,9 @@ class MemoryPlan:
             return f"Fits: {which}, {rest}, {_gib(self.headroom_bytes)} are left.{self._on_host()}"
         if self.headroom_bytes >= 0:
             return (
-                f"Does not fit: {_gib(self.host_bytes)} of host memory would be pinned, "
-                f"{_gib(self.host_missing_bytes)} more than there is; lower "
+                f"Does not fit: {_gib(self.host_bytes)} of host memory would be taken, "
+                f"{_gib(self.host_missing_bytes)} more than there is; "
+                f"{'take a smaller reward model, or ' if self._models_on_host else ''}lower "
                 "memory.micro_batch_tokens or --max-completion-length."
             )
         return (
@@ -119,10 +121,14 @@ class MemoryPlan:
             f"{_way_out(peak)}."
         )
 
+    @property
+    def _models_on_host(self) -> bool:
+        return self.card.cuda and any(phase.name == "reward" for phase in self.phases)
+
     def _on_host(self) -> str:
         """What the host holds, where a setting moves something there."""
         moved = "memory.activation_offloading", "memory.embedding_on_host"
-        if not any(self.settings[key] for key in moved):
+        if not self._models_on_host and not any(self.settings[key] for key in moved):
             return ""
         have = "" if self.card.host_bytes is None else f", which has {_gib(self.card.host_bytes)}"
         return f" {_gib(self.host_bytes)} lie in host memory{have}."
@@ -223,9 +229,17 @@ class Planner:
             f"{len(wave.prompts) * wave.rows} rows; decoded at a few places up to token "
             f"{wave.tokens}",
             "update": f"traced with full micro-batches: {batches}{_cut(config)}",
-            "host_bytes": "pinned pages, an embedding on the host, and the copies of adapters and "
-            "optimizer state that a checkpoint makes; Python and torch themselves are not counted",
+            "host_bytes": "pinned pages, an embedding and reward models on the host, and the "
+            "copies of adapters and optimizer state that a checkpoint makes; Python and torch "
+            "themselves are not counted",
         }
+        if specs := reward_models(config):
+            largest = "; ".join(
+                f"{batch.rows} of {batch.tokens} tokens"
+                for spec in specs
+                for batch in longest_batches(spec)
+            )
+            notes["reward"] = f"traced with each model's largest batches of its tokens: {largest}"
         if not card.cuda:
             notes["method"] = (
                 "loading and two steps traced on tensors without values, added up: on a CPU what "
@@ -306,6 +320,8 @@ def _way_out(peak: PhasePlan) -> str:
     largest = max((n for n in COMPONENTS if n != "base_weights"), key=peak.components.__getitem__)
     if peak.components["base_weights"] > sum(peak.components.values()) / 2:
         return "the size of the model"
+    if peak.name == "reward":
+        return "batch= and max= of the reward model, or take a smaller one"
     if peak.name == "optimizer":
         return "lora.r, or use optimizer.optim = paged_adamw_8bit"
     if peak.name == "evaluation":

@@ -16,7 +16,8 @@ from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.measure import Gauge, alive, measure
 from lowmem_grpo.memory.shapes import longest
 from lowmem_grpo.memory.watch import compare
-from lowmem_grpo.setup import open_optimizer, open_policy
+from lowmem_grpo.rewards.model import ModelReward
+from lowmem_grpo.setup import load_models, open_optimizer, open_policy, reward_models
 
 __all__ = ["profile"]
 
@@ -40,20 +41,21 @@ def profile(
         if machine.device_type == "cpu":
             say("--snapshot: CUDA keeps a history of allocations, a CPU has none")
     config, plan, planner = admit(config, machine_card(machine), say)
+    models = [ModelReward(spec) for spec in reward_models(config)]
     gauge = Gauge(torch.device(machine.device), snapshot)
     try:
         with gauge:
             with gauge.phase("load"):
+                load_models(models, config, say)
                 policy = open_policy(config, say)
                 if config.grpo.moves_reference:
                     policy.keep_reference()
-            gauge.adopt(alive(policy), policy.model)
+            gauge.adopt(alive(policy, models=models), policy.model)
             policy.release()
             optimizer = open_optimizer(config, list(policy.adapter_parameters().values()))
             shapes = longest(config, planner.padded)
-            measure(
-                policy, config, shapes, gauge, optimizer=optimizer, steps=steps, advance=advance
-            )
+            how = {"optimizer": optimizer, "steps": steps, "advance": advance}
+            measure(policy, config, shapes, gauge, models=models, **how)
     except torch.OutOfMemoryError as error:
         raise PlanError(
             f"out of memory in {gauge.running}, though the plan fits: {str(error).splitlines()[0]}"

@@ -29,12 +29,18 @@ from lowmem_grpo.config import Config
 from lowmem_grpo.memory.allocator import AllocatorSettings
 from lowmem_grpo.memory.phases import Alone
 from lowmem_grpo.memory.plan import MemoryPlan, Planner, value_of
-from lowmem_grpo.memory.shapes import evaluated, evaluation, fullest, wave
+from lowmem_grpo.memory.shapes import (
+    budgets,
+    evaluated,
+    evaluation,
+    fullest,
+    rollout_sizes,
+    wave,
+)
 from lowmem_grpo.memory.simulate import add_up, simulate
 
 __all__ = ["AUTO", "Search", "settle", "settle_evaluation", "settle_sampling"]
 
-ENOUGH_TOKENS = 16384  # of a micro-batch
 GOOD_TOKENS = 4096  # with fewer, checkpointing and more tokens are as fast as none
 EVALUATED = 64  # rows of an evaluation's wave
 TILES = ((1024, 32768), (1024, 16384), (1024, 8192), (512, 8192), (256, 4096))
@@ -42,6 +48,7 @@ TILE_BYTES = {"torch": 10, "triton": 2}  # an element: 16 bits, with torch two o
 TILE_SHARE = 0.02
 MLP_TILE, LEAST_MLP_TILE = 4096, 1024  # tokens
 AUTO, ORIGIN = "auto", "plan"
+UNSCORED = {"rewards.functions": []}  # no reward model is loaded to evaluate or to sample
 
 
 def settle(planner: Planner, config: Config) -> tuple[Config, MemoryPlan]:
@@ -59,14 +66,14 @@ def settle(planner: Planner, config: Config) -> tuple[Config, MemoryPlan]:
 
 def settle_evaluation(planner: Planner, config: Config) -> Config:
     """A configuration for evaluating, with as many problems at once as fit."""
-    search = Search(planner, config)
+    search = Search(planner, config.settled(UNSCORED, "command line"))
     search.choose_evaluation()
     return search.config
 
 
 def settle_sampling(planner: Planner, config: Config, count: int) -> Config:
     """A configuration for `count` completions of one prompt, as many at once as fit."""
-    one = {"rollout.problems_per_step": 1, "rollout.num_generations": count}
+    one = {"rollout.problems_per_step": 1, "rollout.num_generations": count, **UNSCORED}
     search = Search(planner, config.settled(one, "command line"))
     search.choose_rows()
     return search.config
@@ -150,6 +157,11 @@ class Search:
         """Of the optimizer's step."""
         return self._share_of(self.planner.phases.optimizer_alone(self.config))
 
+    def reward_share(self) -> float:
+        """Of the reward models' largest batches; none of the settings here changes it."""
+        models = self.planner.phases.reward_alone(self.config)
+        return max(map(self._share_of, models), default=0.0)
+
     def _share(self, shapes) -> float:
         return self._share_of(self.planner.phases.alone(self.config, shapes))
 
@@ -177,15 +189,16 @@ class Search:
 
     def _shares(self) -> list[float]:
         """Of each phase by itself."""
-        shares = [self.optimizer_share(), self.rows_share(), self.update_share()]
-        return shares + ([self.evaluation_share()] if self.config.eval.every else [])
+        phases = [self.optimizer_share, self.rows_share, self.reward_share, self.update_share]
+        return [
+            share() for share in phases + [self.evaluation_share] * bool(self.config.eval.every)
+        ]
 
     def _can_offload(self) -> bool:
         return self.planner.card.cuda and value_of(self.config, "memory.gradient_checkpointing")
 
     def _can_move_embedding(self) -> bool:
-        planner = self.planner
-        return planner.card.cuda and not planner.model_config.tie_word_embeddings
+        return self.planner.card.cuda and not self.planner.model_config.tie_word_embeddings
 
     def _embedding_may_help(self) -> bool:
         key = "memory.embedding_on_host"
@@ -222,8 +235,7 @@ class Search:
         """The run with the values chosen so far, and their reasons as their sources."""
         config = self.given
         for key in self.open & self.reasons.keys():
-            value = value_of(self.config, key)
-            config = config.settled({key: value}, f"plan: {self.reasons[key]}")
+            config = config.settled({key: value_of(self.config, key)}, f"plan: {self.reasons[key]}")
         return config
 
     def choose_rows(self) -> str:
@@ -264,7 +276,7 @@ class Search:
         """
         tokens, checkpointing = "memory.micro_batch_tokens", "memory.gradient_checkpointing"
         offloading, tile = "memory.activation_offloading", "memory.mlp_tile_tokens"
-        values = self._budgets()
+        values = budgets(self.config)
         fits = any(self._fits_in(way, values) for way in self._ways())
         m = self.config.memory
         reasons = {
@@ -282,9 +294,8 @@ class Search:
         if not self.planner.card.cuda:
             reasons[offloading] = "the host is the device"
         if not fits:
-            reasons[tokens] = "not even one completion fits"
-            reasons[checkpointing] = "takes the least, and still nothing fits"
-            return reasons
+            least = "takes the least, and still nothing fits"
+            return reasons | {tokens: "not even one completion fits", checkpointing: least}
         if m.activation_offloading:
             reasons[checkpointing] = "what lies on the host are its layers' inputs"
         elif checkpointing in self.open:
@@ -321,12 +332,6 @@ class Search:
         ways.append((given or self._can_offload(), False, LEAST_MLP_TILE))
         keys = key, "memory.offload_overlap", "memory.mlp_tile_tokens"
         return [dict(zip(keys, way, strict=True)) for way in ways]
-
-    def _budgets(self) -> list[int]:
-        r = self.config.rollout
-        parts = [r.max_prompt_length + n * self.row for n in equal_parts(r.num_generations)]
-        whole = [n * self.group for n in range(2, r.problems_per_step + 1)]
-        return parts + [tokens for tokens in whole if tokens <= ENOUGH_TOKENS]
 
     def _why_tokens(self, values: Sequence[int]) -> str:
         tokens, r = self.config.memory.micro_batch_tokens, self.config.rollout
@@ -370,14 +375,15 @@ class Search:
         peak = max(plan.phases, key=lambda phase: phase.peak_reserved_bytes).name
         r = self.config.rollout
         sizes = {
-            "memory.micro_batch_tokens": self._budgets(),
+            "memory.micro_batch_tokens": budgets(self.config),
             "memory.rollout_batch_size": rollout_sizes(r.problems_per_step, r.num_generations),
         }
         if self.config.eval.every:
             sizes["eval.batch_size"] = self._evaluation_sizes()
         own = {"rollout": "memory.rollout_batch_size", "evaluation": "eval.batch_size"}
         first = own.get(peak, "memory.micro_batch_tokens")
-        keys = sorted(sizes, key=lambda key: key != first)
+        # A reward model's batches are of no setting here, and smaller ones elsewhere no help.
+        keys = [] if peak == "reward" else sorted(sizes, key=lambda key: key != first)
         for key in keys:
             less = [v for v in sizes[key] if v < value_of(self.config, key)]
             if key in self.open and less:
@@ -388,13 +394,3 @@ class Search:
             self.move_embedding()
             return True
         return False
-
-
-def rollout_sizes(problems: int, group: int) -> list[int]:
-    """Completions at once that make sense: whole groups, or equal parts of one; ascending."""
-    return equal_parts(group)[:-1] + [n * group for n in equal_parts(problems)]
-
-
-def equal_parts(count: int) -> list[int]:
-    """The sizes of parts that divide a number as evenly as can be; ascending."""
-    return sorted({-(-count // parts) for parts in range(1, count + 1)})

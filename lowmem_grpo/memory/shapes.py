@@ -15,7 +15,9 @@ from lowmem_grpo.tasks.base import Problem
 __all__ = [
     "Shapes",
     "Wave",
+    "budgets",
     "completions",
+    "equal_parts",
     "evaluated",
     "evaluation",
     "fullest",
@@ -24,6 +26,7 @@ __all__ = [
     "met",
     "packed",
     "pieces",
+    "rollout_sizes",
     "tokens",
     "wave",
 ]
@@ -31,6 +34,7 @@ __all__ = [
 Batch = tuple[tuple[int, tuple[int, ...]], ...]
 """((prompt tokens, (completion tokens, ...)), ...) of the groups in a micro-batch."""
 MOST_BATCHES = 4
+ENOUGH_TOKENS = 16384  # of a micro-batch
 MOST_TOKENS = 1 << 62  # of a micro-batch whose shape is given
 
 
@@ -45,11 +49,14 @@ class Wave(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What a step holds at once. `evaluation` is None where the run has none."""
+    """What a step holds at once. `evaluation` is None where the run has none; `scored` are batches
+    of each reward model, None for the largest ones.
+    """
 
     rollout: Wave
     batches: tuple[Batch, ...]
     evaluation: Wave | None = None
+    scored: tuple[tuple, ...] | None = None
 
 
 def longest(config: Config, padded: bool = False) -> Shapes:
@@ -160,6 +167,28 @@ def _uneven(config: Config) -> list[Batch]:
         if length > 1:
             found[((r.max_prompt_length, (length + 1,) * long + (2,) * short),)] = None
     return list(found)
+
+
+def budgets(config: Config) -> list[int]:
+    """Tokens of a micro-batch that make sense: equal parts of a group of the longest completions,
+    or whole ones, of which more than `ENOUGH_TOKENS` gain nothing; ascending.
+    """
+    r = config.rollout
+    row = r.max_completion_length - 1
+    parts = [r.max_prompt_length + n * row for n in equal_parts(r.num_generations)]
+    group = r.max_prompt_length + r.num_generations * row
+    whole = [n * group for n in range(2, r.problems_per_step + 1)]
+    return parts + [tokens for tokens in whole if tokens <= ENOUGH_TOKENS]
+
+
+def rollout_sizes(problems: int, group: int) -> list[int]:
+    """Completions at once that make sense: whole groups, or equal parts of one; ascending."""
+    return equal_parts(group)[:-1] + [n * group for n in equal_parts(problems)]
+
+
+def equal_parts(count: int) -> list[int]:
+    """The sizes of parts that divide a number as evenly as can be; ascending."""
+    return sorted({-(-count // parts) for parts in range(1, count + 1)})
 
 
 def groups_of(batch: Batch) -> list[Group]:

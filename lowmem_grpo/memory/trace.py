@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.backward import ACCUMULATING, OF_NO_ORDER, is_accumulation, running_node
-from lowmem_grpo.memory.components import component, kept_component
+from lowmem_grpo.memory.components import component, kept_component, of_weights
 from lowmem_grpo.policy.integrity import named_tensors
 
 __all__ = ["OUTSIDE", "Recorder", "layer_number", "phase", "trace"]
@@ -318,7 +318,7 @@ class Recorder:
         if model is None:
             return
         for name, tensor in named_tensors(model):
-            self._rename(tensor, name, "adapters" if "lora_" in name else "base_weights")
+            self._rename(tensor, name, of_weights(name))
             if tensor.grad is not None:
                 self._rename(tensor.grad, name, "adapters")
 

@@ -28,13 +28,14 @@ HOST = "host"
 class Values(TorchFunctionMode):
     """Answers for values that fake and meta tensors do not have.
 
-    `rules`: what CUDA replaces (see `memory/rules.py`), None on a CPU. `rows_per_problem` and
-    `number`, which is what a single value is, may be set at any time.
+    `rules`: what CUDA replaces (see `memory/rules.py`), None on a CPU. `rows_per_problem`,
+    `number`, which is what a single value is, and `truth`, what a condition is, may be set at any
+    time.
     """
 
     def __init__(self, rules=None):
         super().__init__()
-        self.rules, self.rows_per_problem, self.number = rules, 0, 1.0
+        self.rules, self.rows_per_problem, self.number, self.truth = rules, 0, 1.0, True
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -51,7 +52,9 @@ class Values(TorchFunctionMode):
         if function is torch.Tensor.repeat_interleave and isinstance(args[1], torch.Tensor):
             return args[0].new_empty(args[0].numel() * self.rows_per_problem)
         if function is torch.Tensor.__bool__:  # whether the plain forward has one sequence a row
-            return True
+            return self.truth
+        if function is torch.Tensor.__contains__:  # whether rows have padding, for a warning
+            return False
         if function is torch.Tensor.__int__:
             return self.rows_per_problem
         return function(*args, **kwargs)

@@ -75,12 +75,14 @@ class Watch:
     """Compares the first step of a process, and at its end the step that took most; on a CPU, where
     measuring is a trace that costs time, the first and the last.
 
-    `file`: where comparisons are kept, a list of objects. `say` and `warn` are told.
+    `file`: where comparisons are kept, a list of objects. `say` and `warn` are told. `rewards`: the
+    run's, of which models are loaded.
     """
 
-    def __init__(self, planner: Planner, config: Config, file: Path, say, warn):
+    def __init__(self, planner: Planner, config: Config, file: Path, say, warn, rewards=()):
         self.planner, self.config, self.file = planner, config, file
         self.say, self.warn = say, warn
+        self.models = [reward.function for reward in rewards if reward.here]
         self._first = self._fresh = True
         self._kept: list[tuple] = []
         self._keeping = False
@@ -88,12 +90,15 @@ class Watch:
 
     def meter(self, policy, optimizer, *, last: bool) -> Meter:
         """What measures the next step, which may be the run's last."""
-        living = partial(alive, policy, optimizer) if self._first or last else None
+        living = partial(alive, policy, optimizer, self.models) if self._first or last else None
+        for model in self.models:
+            model.met.clear()
         self._fresh = not optimizer.state
         return Meter(policy.device, living)
 
     def step(self, number: int, memory: dict[str, dict[str, int]], shapes: Shapes) -> None:
         """A step was taken; `memory` as a meter has it."""
+        shapes = shapes._replace(scored=tuple(tuple(model.met) for model in self.models))
         taken = max((phase.get("allocated", 0) for phase in memory.values()), default=0)
         if not taken or not shapes.batches:
             return
@@ -120,8 +125,9 @@ class Watch:
         self._fresh = not optimizer.state
         try:
             with gauge:
-                gauge.adopt(alive(policy, optimizer), policy.model)
-                measure(policy, self.config, shapes, gauge, advance=advance)
+                gauge.adopt(alive(policy, optimizer, self.models), policy.model)
+                how = {"models": self.models, "advance": advance}
+                measure(policy, self.config, shapes, gauge, **how)
         except torch.OutOfMemoryError as error:
             raise PlanError(
                 f"the rehearsal ran out of memory, in {gauge.running}: {str(error).splitlines()[0]}"

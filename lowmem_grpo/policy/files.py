@@ -29,14 +29,16 @@ ROWS = 2**24  # numbers of a weight that are looked at together
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 
-def own_code(fields: dict[str, Any], known: str | tuple[str, ...] | None) -> str | None:
+def own_code(fields: dict[str, Any], known: Collection[str | None]) -> str | None:
     """The class that a `config.json` wants to bring along for its weights, as it names it there;
-    None where there is none, or where it is what transformers has, the class or classes `known`.
+    None where there is none, or where it is one that transformers has, of those `known`.
     """
     named = fields.get("auto_map")
-    named = named.get("AutoModelForCausalLM") if isinstance(named, dict) else None
-    own = known if isinstance(known, tuple) else (known,)
-    return str(named) if named and str(named).rpartition(".")[2] not in own else None
+    for kind in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        code = named.get(kind) if isinstance(named, dict) else None
+        if code is not None and str(code).rpartition(".")[2] not in known:
+            return str(code)
+    return None
 
 
 def own_tokenizer(fields: dict[str, Any]) -> str | None:

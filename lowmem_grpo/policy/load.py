@@ -8,6 +8,7 @@ a list of names.
 """
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -31,8 +32,8 @@ from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
 __all__ = [
-    "check_forward", "check_quantisation", "load_policy", "load_tokenizer", "nf4_config",
-    "share_inputs",
+    "check_forward", "check_quantisation", "load_in_4_bits", "load_policy", "load_tokenizer",
+    "nf4_config", "read_tokenizer", "share_inputs",
 ]  # fmt: skip
 
 # What is checked: the tokens of a prompt, of its completions, and of an MLP's tile.
@@ -40,13 +41,16 @@ PROMPT, OWN = 5, (3, 4)
 CHECKED_TILE = 5
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation; products in `dtype`."""
+def nf4_config(dtype: torch.dtype, skip: Sequence[str] = ()) -> BitsAndBytesConfig:
+    """NF4 with double quantisation; products in `dtype`. `skip`: modules that stay as they are,
+    beside those that transformers leaves.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(skip) or None,
     )
 
 
@@ -77,14 +81,18 @@ def load_policy(
     source = resolve(name)
     tokenizer = load_tokenizer(name, chat_template)
     with quiet_libraries():
-        model = _load_base(name, source, device, dtype)
+        # Dropout would make two passes over the same tokens disagree.
+        config = _read_config(name, source, attention_dropout=0.0)
+        model = load_in_4_bits(AutoModelForCausalLM, name, config, device, dtype, ATTENTION)
+        vocab = model.get_output_embeddings().weight.shape[0]
+        check_ends(source, name, model.generation_config.eos_token_id, vocab)
+        check_tokens(name, tokenizer, vocab)
         peft_model = attach_adapters(model, adapters, seed)
     # Train mode for good: see policy/base.py.
     peft_model.train()
     for module in peft_model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    check_tokens(name, tokenizer, peft_model.get_output_embeddings().weight.shape[0])
     policy = Policy(
         peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
     )
@@ -114,8 +122,19 @@ def _triton_kernels(device: str):
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):
-    """The model's tokenizer with a chat template (`chat_template`: a file's path). Raises
-    ModelError.
+    """The model's tokenizer with a chat template (`chat_template`: a file's path) and an end.
+    Raises ModelError.
+    """
+    how = "use an instruct model, or give one with --set model.chat_template=FILE"
+    tokenizer = read_tokenizer(name, chat_template, "model.chat_template", how)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: its tokenizer names no end-of-sequence token")
+    return tokenizer
+
+
+def read_tokenizer(name: str, chat_template: str | None, setting: str, way_out: str):
+    """The model's tokenizer with its chat template, or that of a file, which `setting` gave.
+    Raises ModelError; `way_out`: of having none.
     """
     source = resolve(name)
     check_tokenizer_config(source)
@@ -133,18 +152,15 @@ def load_tokenizer(name: str, chat_template: str | None = None):
         )
     if chat_template is not None:
         path = Path(chat_template)
+        if not path.is_file():
+            raise ModelError(f"{setting}: no such file: {chat_template}")
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ModelError(f"model.chat_template: cannot read {path}: {reason}") from error
+            raise ModelError(f"{setting}: cannot read {path}: {reason}") from error
     if not tokenizer.chat_template:
-        raise ModelError(
-            f"{name} has no chat template: use an instruct model, or give one with "
-            "--set model.chat_template=FILE"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{name}: its tokenizer names no end-of-sequence token")
+        raise ModelError(f"{name} has no chat template: {way_out}")
     return tokenizer
 
 
@@ -158,26 +174,39 @@ def check_quantisation(name: str, fields: dict) -> None:
         )
 
 
-def _load_base(name, source, device, dtype):
+def _read_config(name: str, source: str, **fields):
     try:
-        # Dropout would make two passes over the same tokens disagree.
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, attention_dropout=0.0)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **fields)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"cannot read the configuration of {name}: {_first_line(error)}"
         ) from error
-    quantised = getattr(config, "quantization_config", None)
+
+
+def load_in_4_bits(
+    kind,
+    name: str,
+    config,
+    device: str,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    skip: Sequence[str] = (),
+):
+    """The model called `name` as one of transformers' Auto class `kind`, with NF4 layers but for
+    those named in `skip`. `attention`: another than transformers would choose. Raises ModelError.
+    """
+    source, quantised = resolve(name), getattr(config, "quantization_config", None)
     if quantised is not None:
         fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
         check_quantisation(name, fields)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             source,
             config=config,
-            quantization_config=None if quantised is not None else nf4_config(dtype),
+            quantization_config=None if quantised is not None else nf4_config(dtype, skip),
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -195,8 +224,6 @@ def _load_base(name, source, device, dtype):
     check_layers(name, info["unexpected_keys"], model.state_dict())
     plain = () if quantised is not None else {n for n, _ in model.named_parameters()}
     check_weights(source, name, plain)
-    vocab = model.get_output_embeddings().weight.shape[0]
-    check_ends(source, name, model.generation_config.eos_token_id, vocab)
     if quantised is not None:
         _set_dtype(model, dtype)
     return model

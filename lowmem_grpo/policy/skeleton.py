@@ -10,6 +10,7 @@ which needs values.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,11 @@ import torch
 from bitsandbytes.functional import QuantState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.plain_json import parse_json
@@ -29,7 +34,7 @@ from lowmem_grpo.policy.load import check_quantisation
 from lowmem_grpo.policy.source import DEMO, resolve
 from lowmem_grpo.quiet import quiet_libraries
 
-__all__ = ["read_model_config", "skeleton_policy", "without_weights"]
+__all__ = ["fill", "make_4_bit", "read_model_config", "skeleton_policy", "without_weights"]
 
 BLOCK, NESTED_BLOCK = 64, 256
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -49,7 +54,11 @@ def read_model_config(name: str):
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ModelError(f"{path} has no model_type: not the config.json of a model")
     kind = fields["model_type"]
-    if code := own_code(fields, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)):
+    known = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind),
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind),
+    )
+    if code := own_code(fields, known):
         raise ModelError(
             f"{path} asks for code of its own ({code}), which is never run (trust_remote_code is "
             "off): use a model whose architecture transformers has"
@@ -75,7 +84,7 @@ def skeleton_policy(
     """A policy around what `without_weights` made. Each tensor is made on `device` in the order of
     loading: whoever watches sees what a load allocates.
     """
-    _fill(model, device, dtype)
+    fill(model, device, dtype)
     return Policy(model, None, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
 
 
@@ -124,14 +133,7 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION
             ).requires_grad_(False)
-            head = model.get_output_embeddings()
-            for name, linear in list(model.named_modules()):
-                if isinstance(linear, torch.nn.Linear) and linear is not head:
-                    inside, out, bias = linear.in_features, linear.out_features, linear.bias
-                    layer = bnb.nn.Linear4bit(inside, out, bias is not None, dtype)
-                    if bias is not None:
-                        layer.bias = bias
-                    model.set_submodule(name, layer)
+            make_4_bit(model, dtype, [model.get_output_embeddings()])
             peft_model = attach_adapters(model, adapters, seed=0).train()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # What a configuration must hold beyond the usual is its architecture's own affair.
@@ -146,7 +148,21 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
     return peft_model
 
 
-def _fill(model, device: str, dtype: torch.dtype) -> None:
+def make_4_bit(model, dtype: torch.dtype, left: Sequence[torch.nn.Module]) -> None:
+    """Put a 4-bit layer in the place of each linear one but those that are `left`."""
+    for name, linear in list(model.named_modules()):
+        if linear in left or type(linear) not in (torch.nn.Linear, Conv1D):
+            continue
+        out, inside = linear.weight.shape
+        if isinstance(linear, Conv1D):  # which has its weight the other way round
+            out, inside = inside, out
+        layer = bnb.nn.Linear4bit(inside, out, linear.bias is not None, dtype)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        model.set_submodule(name, layer)
+
+
+def fill(model, device: str, dtype: torch.dtype) -> None:
     """Put a tensor on `device` in the place of each meta tensor: the base first, then adapters.
 
     Tied weights stay tied. A weight's 16-bit form is on the device while its 4-bit one is made, as

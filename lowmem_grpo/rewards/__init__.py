@@ -22,11 +22,12 @@ from lowmem_grpo.rewards.number import answer_number, number_reward
 from lowmem_grpo.rewards.user import open_file
 from lowmem_grpo.tasks.base import Task, parse_options
 
-__all__ = ["Reward", "Scores", "load_rewards", "score"]
+__all__ = ["Reward", "Scores", "is_model", "load_rewards", "score"]
 
 _FORMS = (
     "number, choice, math, task, format:REGEX, json[:SCHEMA.json], code[:column=tests,...], "
-    "overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, judge:FILE.toml, FILE.py:function"
+    "overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, judge:FILE.toml, "
+    "model:NAME[,max=TOKENS,...], FILE.py:function"
 )
 
 
@@ -38,15 +39,17 @@ def load_rewards(
     timeout: float = 60.0,
     limits: Limits | None = None,
     with_steps: bool = False,
+    conversation: int = 1024,
 ) -> list[Reward]:
     """The rewards that `specs` name, or the task's default ones where there are none; weights are 1
     unless given. `timeout`: seconds that a user's function may take for a step's completions, under
-    `limits`. `with_steps`: functions are given the steps of completions.
+    `limits`. `with_steps`: functions are given the steps of completions. `conversation`: tokens of
+    the longest prompt and completion, from which a reward model's limits follow.
 
     Names in the log are `number`, `math`, `format` and so on, or the function's; a second reward of
     the same name gets `_2`, and so on. Raises `ConfigError` for a reward that is unknown, cannot be
     loaded, does not suit the task's problems or is named twice, and for weights that are not one
-    finite number each.
+    finite number each; `ModelError` for a reward model that cannot be had.
     """
     specs = list(specs) or list(task.default_rewards)
     weights = [1.0] * len(specs) if weights is None else list(weights)
@@ -67,10 +70,18 @@ def load_rewards(
             )
         if not isfinite(weight):
             raise ConfigError(f"the weight of reward '{spec}' is {weight}: use a finite number")
-        name, function = _load(spec, task, own)
+        if is_model(spec):
+            name, function = "model", _model(spec, task, conversation)
+        else:
+            name, function = _load(spec, task, own)
         names.append(_unused(name, names))
-        rewards.append(Reward(names[-1], float(weight), function))
+        rewards.append(Reward(names[-1], float(weight), function, here=is_model(spec)))
     return rewards
+
+
+def is_model(spec: str) -> bool:
+    """Whether a specification names a reward model."""
+    return spec.partition(":")[0] == "model"
 
 
 def _load(spec: str, task: Task, own: dict[str, RewardFunction]) -> tuple[str, RewardFunction]:
@@ -81,7 +92,9 @@ def _load(spec: str, task: Task, own: dict[str, RewardFunction]) -> tuple[str, R
         return spec.rpartition(":")[2], own[spec]
     if spec.endswith(".py"):
         raise ConfigError(f"reward '{spec}' names a file but no function: write {spec}:NAME")
-    raise ConfigError(f"unknown reward '{spec}'{nearest(kind, _KINDS)}; the rewards are: {_FORMS}")
+    raise ConfigError(
+        f"unknown reward '{spec}'{nearest(kind, [*_KINDS, 'model'])}; the rewards are: {_FORMS}"
+    )
 
 
 def _number(spec: str, rest: str, task: Task) -> RewardFunction:
@@ -137,6 +150,15 @@ def _code(spec: str, rest: str, task: Task) -> RewardFunction:
     return CodeReward(column, float(timeout), score_of == "all")
 
 
+def _model(spec: str, task: Task, conversation: int) -> RewardFunction:
+    # Here alone: the processes of other rewards import this package, and have no use for torch.
+    from lowmem_grpo.rewards.model import ModelReward, parse_spec
+
+    reward = ModelReward(parse_spec(spec, conversation))
+    reward.check(task.train_problem(0))
+    return reward
+
+
 _KINDS: dict[str, Callable[[str, str, Task], RewardFunction]] = {
     "number": _number,
     "choice": _choice,
@@ -155,7 +177,7 @@ _WITH_OPTIONS = _KINDS.keys() - {"number", "choice", "math", "task"}
 
 def _is_own(spec: str) -> bool:
     kind, path = spec.partition(":")[0], spec.rpartition(":")[0]
-    return kind not in _KINDS and path.endswith(".py")
+    return kind not in (*_KINDS, "model") and path.endswith(".py")
 
 
 def _open_files(

@@ -44,13 +44,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function with its weight in the total and its name in the log. `told`: the kinds of
-    failure that a person has been told of.
+    """A reward function with its weight in the total and its name in the log. `here`: it computes
+    in this process, and is called in its caller's thread. `told`: the kinds of failure that a
+    person has been told of.
     """
 
     name: str
     weight: float
     function: RewardFunction
+    here: bool = False
     told: set[str] = field(default_factory=set, compare=False)
 
 
@@ -103,7 +105,11 @@ def score(
         return reward.function(completions=list(completions), **fields)
 
     with ThreadPoolExecutor(max_workers=len(rewards)) as threads:
-        returned = list(threads.map(values_of, rewards))
+        # What the device does belongs to this thread: modes of torch are a thread's own, and CUDA's
+        # libraries keep a workspace for each.
+        away = {r.name: threads.submit(values_of, r) for r in rewards if not r.here}
+        here = {r.name: values_of(r) for r in rewards if r.here}
+        returned = [here[r.name] if r.here else away[r.name].result() for r in rewards]
     by_name, failures = {}, {}
     of_steps: list[list[float]] = [[] for _ in completions]
     outcomes = [0.0] * len(completions)

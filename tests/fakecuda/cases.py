@@ -1,5 +1,6 @@
 """Policies on fake CUDA tensors, and what is run on them. Import after the guard is installed."""
 
+import weakref
 from functools import cached_property, partial
 
 import bitsandbytes as bnb
@@ -19,8 +20,11 @@ from lowmem_grpo.memory.unreal import Values
 from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.classifier import Classifier, classifier_without_weights
+from lowmem_grpo.policy.integrity import named_tensors
 from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.lora import LoraLinear4bit
+from lowmem_grpo.policy.skeleton import fill
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling
 from tests.grpo.rollouts import make_groups
@@ -190,6 +194,35 @@ def run(
         return {"drawn": drawn, **step(policy, groups, whole, **how)}
 
 
+def score(architecture: str) -> dict:
+    """A reward model's way to the card, two batches there, and its way back."""
+    config = AutoConfig.for_model(architecture, **{**SHAPE, "num_labels": 1})
+    model = classifier_without_weights(architecture, config, DTYPE)
+    values = Values()
+    values.number = 0.0  # the difference between rows together and alone
+    with FakeTensorMode(), OneDevice(), values:
+        fill(model, "cuda", DTYPE)
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):
+                layer.quant_state = layer.weight.quant_state  # as bitsandbytes leaves it
+        loaded = [weakref.ref(tensor) for _, tensor in named_tensors(model)]
+        classifier = Classifier(model, "cuda")
+        classifier.check_rows(architecture)
+        classifier.to_host()
+        host = dict(named_tensors(model))
+        with classifier.on_device():
+            inside = {tensor.device.type for _, tensor in named_tensors(model)}
+            found = [classifier.logits(rows) for rows in ([[5] * 9, [5] * 4], [[5] * 7])]
+        back = dict(named_tensors(model))
+    return {
+        "left": sum(tensor() is not None for tensor in loaded),
+        "inside": sorted(inside),
+        "logits": [f"{x.device.type} {x.dtype} {list(x.shape)}" for x in found],
+        "same": back.keys() == host.keys() and all(back[n] is host[n] for n in host),
+        "outside": sorted({tensor.device.type for tensor in back.values()}),
+    }
+
+
 # What these tests are there to find: one tensor made without its device.
 
 
@@ -224,6 +257,7 @@ CASES = {
     "exact divergence": partial(run, "llama", whole=True, ends=True),
     "sdpa": partial(run, "llama", backend="sdpa"),
     "tiled": partial(run, "llama", backend="tiled"),
+    **{f"reward model, {name}": partial(score, name) for name in ("llama", "qwen3", "bert")},
     "index on the CPU": partial(run, "llama", layout=IndexOnTheCpu),
     "lengths on the CPU": partial(run, "llama", layout=LengthsOnTheCpu),
 }

@@ -1,5 +1,5 @@
-"""The forward check, a rollout, the reference pass, the update and the optimizer step on fake CUDA
-tensors, by the real code.
+"""The forward check, a rollout, the reference pass, the update and the optimizer step, and a reward
+model, on fake CUDA tensors, by the real code.
 
 No kernel runs: what these tests find is a tensor on the wrong device or of the wrong dtype, and an
 operation that CUDA's dispatch would refuse. See tests/fakecuda.
@@ -42,6 +42,17 @@ def test_a_step_runs_on_cuda_and_keeps_float32_adapters(cases, case):
     assert found["moments"] == ["cuda torch.float32"]
     assert found["scored"] == 21
     assert found["trunk"] == [27, 27]  # 7 + 4 + 2 + 0, and 4 + 5 + 5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "bert"])
+def test_a_reward_model_scores_on_cuda_and_goes_back_to_the_host(cases, architecture):
+    found = cases[f"reward model, {architecture}"]
+    assert found["error"] is None
+    assert found["left"] == 0  # of what was loaded there
+    assert found["inside"] == ["cuda"]
+    assert found["logits"] == ["cuda torch.float32 [2, 1]", "cuda torch.float32 [1, 1]"]
+    assert found["outside"] == ["cpu"]
+    assert found["same"]
 
 
 @pytest.mark.parametrize(

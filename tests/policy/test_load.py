@@ -153,7 +153,7 @@ def test_a_chat_template_may_be_given(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "model"), str(template))
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "[hi]"
-    with pytest.raises(ModelError, match=r"cannot read nowhere.jinja: No such file"):
+    with pytest.raises(ModelError, match="no such file: nowhere"):
         load_tokenizer(str(tmp_path / "model"), "nowhere.jinja")
 
 

@@ -30,7 +30,7 @@ def run(config: Config, until: float | None = None) -> dict[str, Any]:
     take of that, and of every peak.
     """
     console = _Watching(until)
-    with mock.patch.object(loop, "open_policy", console.watched(loop.open_policy)):
+    with mock.patch.object(loop, "open_models", console.watched(loop.open_models)):
         loop.train(config, resume=False, overwrite=False, console=console)
     console.meter.stop()
     return {
@@ -48,11 +48,11 @@ class _Watching(Console):
         self.meter, self.loaded_bytes = Meter(), 0
         self._until = until
 
-    def watched(self, open_policy):
-        """`open_policy`, which also tells the meter of the policy."""
+    def watched(self, open_models):
+        """`open_models`, which also tells the meter of the policy."""
 
         def opened(*args, **kwargs):
-            policy = open_policy(*args, **kwargs)
+            policy = open_models(*args, **kwargs)
             self.meter.watch(policy.trunk)
             storages = (t.untyped_storage() for _, t in named_tensors(policy.model))
             self.loaded_bytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
