@@ -120,7 +120,7 @@ def train(
         if rehearse:
             with console.progress("rehearsal", None) as advance:
                 watch.rehearse(policy, optimizer, advance)
-        ending = enter(Ending(run.path, lambda: save(), console.warn))
+        ending = enter(Ending(run.path, resumed.checkpoint, lambda: save(), console.warn))
         run.begin()
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             run.rewind(name, state.step)
@@ -136,7 +136,7 @@ def train(
 
         def save() -> Path:
             state.scaler = scaler.state_dict() if scaler is not None else {}
-            return checkpoints.save(state, fitting.config)
+            return ending.saved(checkpoints.save(state, fitting.config))
 
         def clear() -> None:
             """Go on from the step before: the adapters have not moved."""

@@ -24,6 +24,7 @@ import ctypes
 import errno
 import os
 import platform
+import select
 import shutil
 import signal
 import struct
@@ -72,7 +73,8 @@ def enter_namespaces(network: bool, directory: str) -> list[str]:
     """Go on in a child of this process, the second one of a namespace whose first ends with it.
     Returns what is missing. Call it before there are threads.
 
-    This process stays, waits, removes `directory`, and ends as its child does.
+    This process stays, waits, removes `directory`, and ends as its child does; or ends it where
+    whoever holds the other end of standard input, a pipe, is gone.
     """
     alone, offline = _CLONE_NEWUSER | _CLONE_NEWPID, _CLONE_NEWNET
     kinds = [alone] if network else [alone | offline, alone]
@@ -84,6 +86,7 @@ def enter_namespaces(network: bool, directory: str) -> list[str]:
     _limit("RLIMIT_NPROC", _MOST_PROCESSES)  # which outside of a namespace counts all of the user's
     first = os.fork()
     if first:
+        _end_with_the_pipe(first)
         _wait_for(first, directory)
     # The first process of the namespace: when it ends, the kernel ends all the others.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -215,6 +218,19 @@ def _unshare(kind: int) -> None:
     ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
+
+
+def _end_with_the_pipe(child: int) -> None:
+    """Stay until that child has ended, or the pipe's other end is closed: nobody is there to end
+    one that is busy then. Returns at once where a kernel has no pidfd_open(2).
+    """
+    with contextlib.suppress(OSError):
+        poller = select.poll()
+        poller.register(os.pidfd_open(child), select.POLLIN)
+        poller.register(0, 0)  # it hangs up, whatever is asked for
+        os.closerange(1, 3)
+        poller.poll()
+        os.kill(child, signal.SIGKILL)
 
 
 def _wait_for(child: int, directory: str | None = None) -> None:

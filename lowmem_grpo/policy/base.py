@@ -24,6 +24,7 @@ over those rows alone whose next token counts.
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -313,11 +314,13 @@ class Policy:
 
     def save_adapter_config(self, directory: Path, base_name: str) -> None:
         """Write PEFT's `adapter_config.json`, naming `base_name` as the base model."""
-        config = self.model.peft_config[ADAPTER]
+        config = copy.copy(self.model.peft_config[ADAPTER])
         config.base_model_name_or_path = base_name
         config.inference_mode = True
+        # A set, whose order is another in each process, unless it is a pattern.
+        if not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(directory))
-        config.inference_mode = False
 
 
 def attach_adapters(causal_lm, settings: AdapterSettings, seed: int):

@@ -32,6 +32,7 @@ from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.run.directory import (
     PARTIAL,
     RunDirectory,
+    naming,
     replace_directory,
     sync_file,
     write_atomic,
@@ -81,8 +82,10 @@ class Checkpoints:
     def __init__(
         self, run: RunDirectory, policy, optimizer, base_name: str, resumed: Path | None = None
     ):
-        self._folder = run / "checkpoints"
+        self._run, self._folder = run, run / "checkpoints"
         self._policy, self._optimizer, self._base_name = policy, optimizer, base_name
+        for left in self._folder.glob(f".*{PARTIAL}"):  # of a process that was killed
+            shutil.rmtree(left)
         # The step whose tensors are on the disk, and their checksums.
         self._step, self._files = -1, {}
         if resumed is not None:
@@ -97,9 +100,10 @@ class Checkpoints:
 
     def save(self, state: State, config: Config) -> Path:
         """Write the state, and the tensors where those of its step are not there yet; drop what
-        `run.keep_last` does not keep.
+        `run.keep_last` does not keep. Raises OSError.
         """
         begun = time.perf_counter()
+        self._run.check_is_there()
         target = self._folder / _name(state.step)
         if self._step == state.step:
             write_atomic(target / "state.json", self._document(state, config))
@@ -108,12 +112,12 @@ class Checkpoints:
             partial = target.with_name(f".{target.name}{PARTIAL}")
             try:
                 self._write(partial, state, config)
-            except (OSError, SafetensorError):
+            except OSError:
                 shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
                 raise
             replace_directory(partial, target)
             self._step = state.step
-            self._prune(config)
+        self._prune(config)  # in any case: a process before this one may not have come to it
         self._seconds += time.perf_counter() - begun
         return target
 
@@ -171,8 +175,6 @@ class Checkpoints:
                 gone = path.with_name(f".{path.name}.gone{PARTIAL}")
                 path.rename(gone)  # so that a half of it is never seen
                 shutil.rmtree(gone)
-        for left in self._folder.glob(f".*{PARTIAL}"):  # of a process that was killed
-            shutil.rmtree(left)
 
 
 def _name(step: int) -> str:
@@ -192,8 +194,10 @@ def _all(folder: Path) -> list[Path]:
 def save_adapter(directory: Path, policy, base_name: str) -> None:
     """Write the adapters in PEFT's format, over `base_name`, into `directory`."""
     directory.mkdir(exist_ok=True)
-    policy.save_adapter_config(directory, base_name)
-    sync_file(directory / "adapter_config.json")
+    settings = directory / "adapter_config.json"
+    with naming(settings):
+        policy.save_adapter_config(directory, base_name)
+    sync_file(settings)
     _save_tensors(directory / "adapter_model.safetensors", policy.adapter_state())
 
 
@@ -209,7 +213,10 @@ def save_final(directory: Path, policy, base_name: str, step: int) -> None:
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, {"format": "pt"})
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     sync_file(path)
 
 

@@ -5,7 +5,9 @@ A file of a run is whole or not there: it is written beside its name, synced, an
 the run is resumed. Links are not followed: a directory that somebody else made may have some.
 """
 
+import contextlib
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ from lowmem_grpo.errors import ConfigError, DamageError
 from lowmem_grpo.plain_json import parse_json
 
 __all__ = [
-    "RunDirectory", "check_directory", "read_lines", "replace_directory",
+    "RunDirectory", "check_directory", "naming", "read_lines", "replace_directory",
     "sync_directory", "sync_file", "write_atomic",
 ]  # fmt: skip
 
@@ -46,12 +48,17 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"cannot write in {self.path}: {error.strerror}") from error
         self._replaces = taken and overwrite and not resume
+        self._locked = os.stat(self.path)
 
     def begin(self) -> None:
-        """A run begins: what `overwrite` replaces is removed, and not before."""
+        """A run begins: what `overwrite` replaces is removed, and not before; so is what a process
+        left half-written that was killed.
+        """
         if self._replaces:
             self._clear()
             self._replaces = False
+        for left in self.path.glob(f".*{PARTIAL}"):
+            _remove(left)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -63,11 +70,21 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def check_is_there(self) -> None:
+        """Raises OSError where another directory is at the path by now, such as the empty one below
+        a mount that is gone: what is written there would be lost.
+        """
+        if not os.path.samestat(os.stat(self.path), self._locked):
+            what = "another directory is there than when the run began"
+            raise OSError(errno.ESTALE, what, str(self.path))
+
     def append(self, name: str, *records: dict[str, Any]) -> None:
-        """Add JSON objects as lines to a file."""
+        """Add JSON objects as lines to a file. Raises OSError, also as `check_is_there`."""
+        self.check_is_there()
         lines = [json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records]
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with open(os.open(self.path / name, flags, 0o666), "a", encoding="utf-8") as file:
+        path = self.path / name
+        with naming(path), open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -98,7 +115,11 @@ class RunDirectory:
         for entry in entries:
             if entry.name == LOCK:
                 continue
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_directory(path: str | Path, *, resume: bool, overwrite: bool) -> bool:
@@ -157,11 +178,22 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError name the file: those of writing and syncing name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all, surviving a crash right after."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     partial.unlink(missing_ok=True)  # of a process that was killed; or a link
-    with partial.open("x", encoding="utf-8") as file:
+    with naming(path), partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -199,7 +231,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def sync_file(path: Path) -> None:
     """Make a file's contents durable, which something else wrote."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -208,6 +240,7 @@ def sync_directory(path: Path) -> None:
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with naming(path):
+                os.fsync(handle)
         finally:
             os.close(handle)

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from safetensors import SafetensorError
-
 from lowmem_grpo.errors import DamageError, UserError
 from lowmem_grpo.policy.integrity import IntegrityError
 from lowmem_grpo.run.checkpoint import newest_sound
@@ -20,15 +18,28 @@ class StorageError(UserError):
 
 
 class Ending:
-    """A context manager around the steps. `save()` writes what is in hand and returns where.
+    """A context manager around the steps. `resumed`: the checkpoint that they go on from, if they
+    do. `save()` writes what is in hand and returns where.
 
     `whole`: whether what is in hand may be saved. False until the run has begun, and from where the
     adapters begin to move until the step's lines are written: what was saved before goes on there.
     """
 
-    def __init__(self, run_path: Path, save: Callable[[], Path], warn: Callable[[str], None]):
+    def __init__(
+        self,
+        run_path: Path,
+        resumed: Path | None,
+        save: Callable[[], Path],
+        warn: Callable[[str], None],
+    ):
         self._run_path, self._save, self._warn = run_path, save, warn
         self.whole = False
+        self._saved = resumed
+
+    def saved(self, path: Path) -> Path:
+        """A checkpoint was written; returns it. To be named where it can no longer be read."""
+        self._saved = path
+        return path
 
     def __enter__(self) -> "Ending":
         return self
@@ -43,11 +54,13 @@ class Ending:
         # has changed is not worth keeping.
         if not isinstance(error, Exception) or isinstance(error, IntegrityError):
             return
-        problem = error if isinstance(error, (OSError, SafetensorError)) else None
+        # What it names tells it from a reward's, or a server's, that could not be reached.
+        of_the_run = isinstance(error, OSError) and str(self._run_path) in str(error)
+        problem = error if of_the_run else None
         if self.whole:
             try:
                 self._warn(f"the run ends here, saved in {self._save()}")
-            except (OSError, SafetensorError) as another:
+            except OSError as another:
                 problem = another
         if problem is not None:
             raise StorageError(
@@ -59,4 +72,8 @@ class Ending:
             path = newest_sound(self._run_path)
         except (OSError, DamageError):
             path = None
-        return "no checkpoint is left" if path is None else f"the last good checkpoint is {path}"
+        if path is not None:
+            return f"the last good checkpoint is {path}"
+        if self._saved is not None:
+            return f"the last good checkpoint is {self._saved}, which cannot be read now"
+        return "there is no checkpoint yet"
