@@ -99,7 +99,7 @@ def train(
     with ExitStack() as stack:
         enter = stack.enter_context
         run = enter(RunDirectory(config.run.output, resume=resume, overwrite=overwrite))
-        stop = enter(StopRequest())
+        stop = enter(StopRequest(console.warn))
         resumed = Resumed(run.path if resume else None, config, allow_changed, console)
 
         # LOAD
@@ -156,22 +156,23 @@ def train(
                 scaler.load_state_dict(state.scaler)
             ending.whole = True
 
+        def due() -> bool:
+            """Whether it is time to evaluate, and has not been done."""
+            is_time = config.eval.is_due_after(state.step, config.run.steps)
+            return is_time and state.evaluated != state.step
+
         def hold_out() -> None:
-            """Evaluate, where it is time to and has not been done."""
-            if stop.requested or state.evaluated == state.step:
-                return
-            if not config.eval.is_due_after(state.step, config.run.steps):
+            """Evaluate, if it is due."""
+            if stop.requested or not due():
                 return
             for attempt in fitting.attempts("evaluation", evaluated(config)):
                 with attempt as fits, console.progress("evaluation", None) as advance:
                     found = evaluate(policy, task, **evaluation_settings(fits), advance=advance)
             policy.release()
-            summary = found.summary()
-            metrics.write_evaluation(state.step, summary)
-            kept = best.offer(state.step, summary, policy, base_name)
-            console.say(
-                f"held out after step {state.step}: {found.line()}" + (", kept" if kept else "")
-            )
+            metrics.write_evaluation(state.step, found.summary())
+            kept = best.offer(state.step, found.summary(), policy, base_name)
+            kept = ", kept" if kept else ""
+            console.say(f"held out after step {state.step}: {found.line()}{kept}")
             state.evaluated = state.step
             checkpoints.keep_up(state, fitting.config)
 
@@ -215,9 +216,8 @@ def train(
                             meter.phase("reference"),
                             console.progress("reference", most) as advance,
                         ):
-                            score_reference(
-                                policy, pack_groups(state.groups, fits), scoring, advance
-                            )
+                            batches = pack_groups(state.groups, fits)
+                            score_reference(policy, batches, scoring, advance)
                     if config.grpo.use_kl_in_reward:
                         set_advantages(state.groups, rewards, config)
                     checkpoints.keep_up(state, fitting.config)
@@ -269,30 +269,30 @@ def train(
                 state.discarded = 0
                 if state.iteration == config.grpo.num_iterations:
                     state.groups = None
-                if config.grpo.moves_reference_after(state.step):
+                if moved := config.grpo.moves_reference_after(state.step):
                     policy.sync_reference()
-                    base.expect_reference()
                 raised = alarms.step(record)
                 metrics.write(record)
                 ending.whole = True
+                if moved:
+                    base.expect_reference()
                 console.step(record, config.run.steps)
                 watch.step(state.step, meter.memory, shapes)
-                for alarm in raised:
-                    console.warn(alarm)
+                console.warn(*raised)
 
                 # CHECK, SAVE, EVAL: in this order, so that nothing is lost that is worth having
                 if config.run.check_every and state.step % config.run.check_every == 0:
-                    base.check()
+                    checkpoints.verify(base, state)
                 if config.run.is_saved_after(state.step):
                     if record["out_of_memory"]:  # which a resumed run need not find out again
                         write_atomic(run / "config.toml", config_toml(fitting.config))
                     save()
             hold_out()
-        where = save()
-        if state.step < config.run.steps:
-            console.say(f"stopped by {stop.requested} after step {state.step}, saved in {where}")
+        if state.step < config.run.steps or due():
+            console.say(f"stopped by {stop.requested} after step {state.step}, saved in {save()}")
             return STOPPED
-        base.check()
+        checkpoints.verify(base, state)
+        save()
         save_final(run / "adapter", policy, base_name, state.step)
         watch.end()
         console.say(f"done: {state.step} steps, adapter in {run / 'adapter'}")

@@ -14,7 +14,6 @@ tracemalloc makes steps slower and memory larger, by an amount of its own that d
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -109,8 +108,12 @@ def main() -> None:
         sys.exit(__doc__)
     Soak.output = arguments[arguments.index("--output") + 1]
     with tempfile.TemporaryFile("w+") as Soak.samples:
-        with mock.patch.object(console, "Console", Soak), contextlib.suppress(SystemExit):
-            command_line(["train", *arguments])  # which says itself what went wrong
+        with mock.patch.object(console, "Console", Soak):
+            try:
+                command_line(["train", *arguments])
+            except SystemExit as end:
+                if end.code:
+                    raise  # it has said itself what went wrong
         Soak.samples.seek(0)
         samples = [json.loads(line) for line in Soak.samples]
     if len(samples) < LEAST:

@@ -73,7 +73,7 @@ def optimizer_state(optimizer, names: list[str]) -> dict[str, torch.Tensor]:
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
         for key, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            flat[f"{name}|{key}"] = tensor.detach().to("cpu").contiguous().clone()
+            flat[f"{name}|{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
     return flat
 
 

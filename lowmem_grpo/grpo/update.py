@@ -173,8 +173,9 @@ def accumulate(
         )
         if not values.pop("finite"):
             raise NonFiniteError(_where("the policy's log-probs are", place, batches))
-        if not isfinite(values["loss"]):
-            raise NonFiniteError(_where("the loss is", place, batches))
+        for name, value in values.items():
+            if not isfinite(value):
+                raise NonFiniteError(_where(f"the {name} is", place, batches))
         for name, value in values.items():
             stats.sums[name] = stats.sums.get(name, 0.0) + value
         stats.tokens_scored += batch.targets_N.numel()

@@ -74,22 +74,28 @@ def broken_file(source: str) -> str:
     return ""
 
 
-def check_weights(source: str, name: str, plain: Collection[str]) -> None:
+def check_weights(
+    source: str, name: str, plain: Collection[str], unused: Collection[str] = ()
+) -> None:
     """Read the weights once more: raises ModelError for one that is NaN or infinite, and for one of
-    `plain` that is of whole numbers. `source`: a directory, or a Hub id whose files are in the
-    cache.
+    `plain` that is of whole numbers. What is `unused` may be anything. `source`: a directory, or a
+    Hub id whose files are in the cache.
     """
     for path in _weight_files(source):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, which is no dict
+                    if key in unused:
+                        continue
                     what = f"{name}: the weight {key} in {path.name}"
-                    _check_weight(file.get_slice(key), what, key in plain)
+                    weight = file.get_slice(key)
+                    scalar = file.get_tensor(key) if not weight.get_shape() else None
+                    _check_weight(weight, scalar, what, key in plain)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read {path}: {error}") from error
 
 
-def _check_weight(weight, what: str, plain: bool) -> None:
+def _check_weight(weight, scalar: torch.Tensor | None, what: str, plain: bool) -> None:
     shape, kind = weight.get_shape(), weight.get_dtype()
     if kind not in ("F64", "F32", "F16", "BF16"):
         if plain:
@@ -99,7 +105,7 @@ def _check_weight(weight, what: str, plain: bool) -> None:
         return
     step = max(1, ROWS * shape[0] // torch.Size(shape).numel()) if shape else 1
     for start in range(0, shape[0] if shape else 1, step):
-        part = weight[start : start + step] if shape else weight[:]
+        part = weight[start : start + step] if scalar is None else scalar
         # One pass without a copy; what is no number carries through.
         if not all(end.isfinite() for end in part.aminmax()):
             raise ModelError(f"{what} has values that are NaN or infinite: fetch the file again")
@@ -157,7 +163,7 @@ def check_tokens(name: str, tokenizer, vocab: int) -> None:
     """
     added = tokenizer.get_added_vocab()
     ids = (i for token, i in tokenizer.get_vocab().items() if token not in added)
-    most = max([*ids, tokenizer.eos_token_id], default=0)
+    most = max([*ids, tokenizer.eos_token_id or 0])
     if most >= vocab:
         raise ModelError(
             f"{name}: its tokenizer has a token {most}, and the model {vocab} tokens: they do not "

@@ -5,6 +5,8 @@ Everything that GRPO computes rests on the base: it is in the policy, and it is 
 Consumer cards have no error correction for their memory, and a kernel that writes where it must not
 writes somewhere. The sums see any bit that changed; the probe sees what sums of weights cannot, an
 adapter that is on where it should be off.
+
+Left out: what the sampler keeps of the weights for itself on a CPU (shared_input.py).
 """
 
 import hashlib
@@ -54,6 +56,7 @@ class Base:
         """Raises IntegrityError where a weight is not what it was, or the reference says something
         else.
         """
+        self._policy.release()
         sums = base_sums(self._policy)
         if changed := [name for name, was in self._sums.items() if sums.get(name) != was]:
             raise IntegrityError(

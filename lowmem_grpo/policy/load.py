@@ -223,7 +223,7 @@ def load_in_4_bits(
         raise ModelError(f"{name}: {count} weights are missing from its files, first {first}")
     check_layers(name, info["unexpected_keys"], model.state_dict())
     plain = () if quantised is not None else {n for n, _ in model.named_parameters()}
-    check_weights(source, name, plain)
+    check_weights(source, name, plain, info["unexpected_keys"])
     if quantised is not None:
         _set_dtype(model, dtype)
     return model

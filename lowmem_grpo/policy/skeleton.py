@@ -105,8 +105,8 @@ def _config_file(name: str) -> Path:
         return Path(hf_hub_download(source, "config.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"{name} is not in the local cache and the Hub cannot be asked: "
-            "give a local directory with config.json"
+            f"{name} is no directory here, not in the local cache, and the Hub cannot be asked: "
+            "give a local directory with config.json, or a run's that exists"
         ) from error
 
 

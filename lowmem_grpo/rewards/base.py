@@ -40,6 +40,8 @@ from lowmem_grpo.tasks.base import Problem
 RewardFunction = Callable[..., list]
 """Returns, for each completion, a float, None, or a `Failure`."""
 _log = logging.getLogger(__name__)
+MOST = 1e30
+"""Of a weighted value; there is no reason for one, and its square is to be a number."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,10 @@ def score(
     of_steps: list[list[float]] = [[] for _ in completions]
     outcomes = [0.0] * len(completions)
     for reward, values in zip(rewards, returned, strict=True):
-        checked = [_for_steps(x, steps and steps[i]) for i, x in enumerate(values)]
+        checked = [
+            _of_a_size(_for_steps(x, steps and steps[i]), reward.weight)
+            for i, x in enumerate(values)
+        ]
         failures[reward.name] = {i: x for i, x in enumerate(checked) if isinstance(x, Failure)}
         by_name[reward.name] = [None if isinstance(x, Failure) else _logged(x) for x in checked]
         _tell(reward, failures[reward.name], completions, problems, stop_on_failure)
@@ -143,6 +148,15 @@ def _for_steps(value: Any, steps: list[str] | None) -> Any:
     else:
         return value
     return Failure("invalid", words)
+
+
+def _of_a_size(value: Any, weight: float) -> Any:
+    """The value, or a failure where sums and squares of such values would not be finite."""
+    numbers = value if isinstance(value, list) else [value] if isinstance(value, float) else []
+    for number in numbers:
+        if abs(weight * number) > MOST:
+            return Failure("invalid", f"{number:.3g}, with its weight, is above {MOST:.0e}")
+    return value
 
 
 def _logged(value: float | list[float] | None) -> float | None:

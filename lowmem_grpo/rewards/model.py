@@ -32,6 +32,7 @@ import torch
 from lowmem_grpo.errors import ConfigError, PlanError, TaskError, nearest
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.policy.classifier import Classifier, load_classifier, read_classifier_config
+from lowmem_grpo.policy.files import check_tokens
 from lowmem_grpo.policy.load import read_tokenizer
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
@@ -135,6 +136,8 @@ class ModelReward:
         self.classifier = load_classifier(
             name, self.config, device=device, dtype=dtype, check=together
         )
+        vocab = self.classifier.model.get_input_embeddings().weight.shape[0]
+        check_tokens(name, self._tokenizer, vocab)
 
     def __call__(self, completions: list[str], prompts: list, **fields: Any) -> list:
         """A score for each completion, or a failure."""
@@ -164,9 +167,10 @@ class ModelReward:
             return found
         except torch.OutOfMemoryError as error:
             if self._tokens <= max(map(len, rows)):
+                reason = str(error).splitlines()[0].rstrip(".")
                 raise PlanError(
-                    f"out of memory in the reward model {self.spec.name}, with one conversation at "
-                    f"a time: {str(error).splitlines()[0]}"
+                    f"out of memory in the reward model {self.spec.name}, with the longest "
+                    f"conversation by itself: {reason}; lower max=, or take a smaller reward model"
                 ) from None
         # Now that the error is gone, and the tensors that it held.
         self.classifier.release()
@@ -208,11 +212,13 @@ def batches(rows: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int
 
 
 def largest_batches(longest: int, tokens: int) -> list[Batch]:
-    """The shapes that take most: the most tokens in all, and with a mask of the longest rows."""
+    """The shapes that take most: of the longest rows, and, where those leave tokens over, with one
+    row more.
+    """
     rows = max(1, tokens // longest)
     found = [Batch(rows, longest, rows > 1)]
-    if rows == 1 and tokens > 3:
-        found.append(Batch(2, tokens // 2, True))
+    if rows * longest < tokens and rows + 1 < tokens:
+        found.append(Batch(rows + 1, tokens // (rows + 1), True))
     return found
 
 

@@ -123,7 +123,7 @@ def _decode(
             drawn[place] += 1
             if place in ended:
                 continue
-            if math.isnan(logprob):
+            if not math.isfinite(logprob):
                 raise NonFiniteError(
                     f"the model's logits are not finite in {policy.dtype}: "
                     "use another model.compute_dtype"

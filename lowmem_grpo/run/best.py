@@ -34,6 +34,11 @@ class Best:
             kept = read_best(run / BEST)
             if kept["how"] == self._how and kept["step"] <= step:
                 self._most = kept["value"]
+            elif kept["how"] == self._how:  # the step is taken again: what was best before it
+                lines = run.lines("eval.jsonl")
+                self._most = max(
+                    (x[self._metric] for x in lines if x["step"] <= step), default=None
+                )
 
     def offer(self, step: int, summary: dict[str, Any], policy, base_name: str) -> bool:
         """The adapters as they are now, after `step`, had this evaluation. Whether they were
@@ -44,6 +49,7 @@ class Best:
         value = summary[self._metric]
         if self._most is not None and value <= self._most:
             return False
+        self._run.check_is_there()
         partial = self._run / f".{BEST}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         save_adapter(partial, policy, base_name)
@@ -59,7 +65,8 @@ def read_best(directory: Path) -> dict[str, Any]:
     try:
         document = unsealed((directory / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DamageError(f"{directory / FILE}: {error}: {_WAY_OUT}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DamageError(f"{directory / FILE}: {reason}: {_WAY_OUT}") from error
     if problem := damage(directory, document["files"]):
         raise DamageError(f"{directory}: {problem}: {_WAY_OUT}")
     return document

@@ -16,6 +16,7 @@ _FREE_KEYS = {
         *("tensorboard", "max_discarded", "check_every"),
     ),
     "model": ("device", "attention"),
+    "rewards": ("network", "writable", "memory_gib", "timeout"),
 }
 # What the saved tensors are, which no word of anybody changes.
 _FIXED = ("model.compute_dtype", "lora.r", "lora.target_modules", "optimizer.optim")

@@ -28,6 +28,7 @@ from lowmem_grpo.config import Config
 from lowmem_grpo.curriculum import Rates
 from lowmem_grpo.errors import ConfigError, DamageError, ModelError, PlanError
 from lowmem_grpo.grpo.optimizer import load_optimizer_state, optimizer_state
+from lowmem_grpo.policy.integrity import Base, IntegrityError
 from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.run.directory import (
     PARTIAL,
@@ -57,7 +58,8 @@ class State:
     Of the batch in hand: `iteration`, optimizer steps already taken on it; `rounds` of sampling;
     `groups_away` and their `tokens_away`, groups that made way for others. `rates`: see
     curriculum.py. `pool`: groups of the pool that is trained on, if one is. `discarded`: batches
-    that came to nothing since the last step. `base`: the digest of the base's weights.
+    that came to nothing since the last step. `base`: the digest of the base's weights; `checked`:
+    the step after which they were last found to be what was loaded.
     """
 
     step: int = 0
@@ -74,6 +76,7 @@ class State:
     pool: int | None = None
     discarded: int = 0
     base: str = ""
+    checked: int = 0
 
 
 class Checkpoints:
@@ -91,11 +94,7 @@ class Checkpoints:
         if resumed is not None:
             document = read_state(resumed)
             self._step, self._files = document["step"], document["files"]
-            for path in _all(self._folder):
-                if _step(path) > self._step:  # it is damaged: `newest_sound` has looked at it
-                    aside = path.with_name(f"damaged-{path.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
+            self._set_aside(self._step)  # they are damaged: `newest_sound` has looked at them
         self._seconds = 0.0
 
     def save(self, state: State, config: Config) -> Path:
@@ -117,7 +116,8 @@ class Checkpoints:
                 raise
             replace_directory(partial, target)
             self._step = state.step
-        self._prune(config)  # in any case: a process before this one may not have come to it
+        # In any case: a process before this one may not have come to it.
+        self._prune(config, state.checked)
         self._seconds += time.perf_counter() - begun
         return target
 
@@ -126,16 +126,46 @@ class Checkpoints:
         if self._step == state.step:
             self.save(state, config)
 
+    def verify(self, base: Base, state: State) -> None:
+        """Check the base. Raises IntegrityError, with the checkpoints set aside that may have been
+        computed with another one.
+        """
+        try:
+            base.check()
+        except IntegrityError as error:
+            self._set_aside(state.checked)
+            raise IntegrityError(
+                f"{error}; the checkpoints after step {state.checked} are set aside, --resume goes "
+                "on from there"
+            ) from error
+        state.checked = state.step
+
     def restore(self, state: State) -> None:
-        """Put the tensors of the state's step back as they are on the disk. Raises PlanError where
-        they are not there.
+        """Put the tensors of the state's step back as they are on the disk, and forget the
+        log-probs that the update has found. Raises PlanError where they are not there, DamageError
+        where they are not what was written.
         """
         if self._step != state.step:
             raise PlanError(
                 "out of memory in the optimizer's step, with the adapters of the step before not "
                 "on the disk to begin it again: use run.resume_every = 1"
             )
-        _load_tensors(self._folder / _name(state.step), self._policy, self._optimizer)
+        path = self._folder / _name(state.step)
+        if problem := damage(path, self._files):
+            raise DamageError(f"{path}: {problem}")
+        _load_tensors(path, self._policy, self._optimizer)
+        if state.iteration == 0:
+            for group in state.groups:
+                for rollout in group.rollouts:
+                    rollout.old_logprobs = None
+
+    def _set_aside(self, step: int) -> None:
+        """Those of later steps, under another name."""
+        for path in _all(self._folder):
+            if _step(path) > step:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
 
     def take_seconds(self) -> float:
         """What saving took since this was last asked."""
@@ -166,10 +196,11 @@ class Checkpoints:
             }
         )
 
-    def _prune(self, config: Config) -> None:
+    def _prune(self, config: Config, checked: int) -> None:
         found, every = _all(self._folder), config.run.save_every
         lasting = [path for path in found if every and _step(path) and _step(path) % every == 0]
-        kept = {*found[-FALL_BACK:], *lasting[-config.run.keep_last :]}
+        sure = [path for path in found if _step(path) <= checked]
+        kept = {*found[-FALL_BACK:], *lasting[-config.run.keep_last :], *sure[-1:]}
         for path in found:
             if path not in kept:
                 gone = path.with_name(f".{path.name}.gone{PARTIAL}")
@@ -282,7 +313,8 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
 def _load_tensors(path: Path, policy, optimizer) -> None:
     """Put adapters, moments and a reference that moves in place. Raises ModelError."""
     policy.load_adapter_state(read_adapter(path))
-    if policy.reference_state():
+    # Without the file the reference has only now begun to move: from the base, as at a start.
+    if policy.reference_state() and (path / "reference.safetensors").is_file():
         policy.load_reference_state(_read_tensors(path / "reference.safetensors"))
     moments = _read_tensors(path / "optimizer.safetensors")
     load_optimizer_state(optimizer, list(policy.adapter_parameters()), moments)

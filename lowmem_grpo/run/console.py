@@ -36,9 +36,10 @@ class Console:
         if not self.quiet:
             self.rich.print(text, markup=False)
 
-    def warn(self, text: str) -> None:
-        """A line that also `quiet` does not swallow."""
-        self.rich.print(f"warning: {text}", markup=False, style="yellow")
+    def warn(self, *texts: str) -> None:
+        """Lines that also `quiet` does not swallow."""
+        for text in texts:
+            self.rich.print(f"warning: {text}", markup=False, style="yellow")
 
     @contextlib.contextmanager
     def progress(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:

@@ -54,6 +54,7 @@ def discarding(
 
 
 def _write(run: RunDirectory, state: State, error: NonFiniteError):
+    run.check_is_there()
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"batch-{state.batch:06d}.json"

@@ -49,7 +49,9 @@ class Ending:
         if not isinstance(error, Exception) or isinstance(error, IntegrityError):
             return
         # What it names tells it from a reward's, or a server's, that could not be reached.
-        of_the_run = isinstance(error, OSError) and str(self._run_path) in str(error)
+        of_the_run = isinstance(error, OSError) and str(self._run_path) in str(
+            error.filename or error
+        )
         problem = error if of_the_run else None
         if self.whole:
             try:

@@ -18,6 +18,7 @@ __all__ = [
     "adapter_directory", "check_output", "export_adapter", "exported_step", "exported_to",
 ]  # fmt: skip
 
+_AGAIN = "--resume writes it again"
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -37,7 +38,13 @@ def adapter_directory(
         return run_path / BEST
     final = run_path / "adapter"
     reached = _read_final(final)["step"] if final.is_dir() else -1
-    checkpoint = newest_sound(run_path, warn)
+    try:
+        checkpoint = newest_sound(run_path, warn)
+    except DamageError as error:
+        if reached < 0:
+            raise
+        warn(f"{error}; the final adapter is sound")
+        checkpoint = None
     if checkpoint is not None and read_state(checkpoint)["step"] > reached:
         return checkpoint
     if reached < 0:
@@ -49,9 +56,10 @@ def _read_final(directory: Path) -> dict[str, Any]:
     try:
         document = unsealed((directory / SEALS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DamageError(f"{directory / SEALS}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DamageError(f"{directory / SEALS}: {reason}; {_AGAIN}") from error
     if problem := damage(directory, document["files"]):
-        raise DamageError(f"{directory}: {problem}; --resume writes it again")
+        raise DamageError(f"{directory}: {problem}; {_AGAIN}")
     return document
 
 

@@ -44,11 +44,13 @@ class Resumed:
             return State(pool=pool_size, base=base.digest)
         state = load_checkpoint(self.checkpoint, policy, optimizer)
         check_pool(pool_size, state.pool)
-        if base.is_other_than(state.base) and "model.name" not in self._allowed:
-            raise ConfigError(
-                f"--resume: the weights of {self._config.model.name} are not those that the run "
-                "was started with: bring those back, or --allow-changed model.name"
-            )
+        if base.is_other_than(state.base) and "model.lm_head_bits" not in self._changed:
+            if "model.name" not in self._allowed:
+                raise ConfigError(
+                    f"--resume: the weights of {self._config.model.name} are not those that the "
+                    "run was started with: bring those back, or --allow-changed model.name"
+                )
+            self._changed = sorted({*self._changed, "model.name"})
         state.base = base.digest
         self._say(f"resumed from {self.checkpoint} (step {state.step})")
         if self._changed:

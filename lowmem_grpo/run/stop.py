@@ -3,6 +3,7 @@ at once.
 """
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 __all__ = ["StopRequest"]
@@ -14,6 +15,10 @@ class StopRequest:
     """
 
     requested: str | None = None
+
+    def __init__(self, warn: Callable[[str], None] = lambda text: None):
+        """`warn` is told that it was heard."""
+        self._warn = warn
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -27,3 +32,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        self._warn(f"{self.requested}: stops after the phase in hand; once more: at once")

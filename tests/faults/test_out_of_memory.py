@@ -98,6 +98,20 @@ def test_no_step_is_taken_twice_where_moments_had_moved(whole, tiny_model_dir, t
     assert apart(whole, tmp_path / "run") < 1e-3
 
 
+def test_moments_that_are_damaged_are_not_gone_on_from(tiny_model_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def damaged(*args, **how):
+        path = run / "checkpoints/step-000000/adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        raise torch.OutOfMemoryError(WORDS)
+
+    monkeypatch.setattr(lowmem_grpo.train, "apply_update", damaged)
+    ended = call("train", "--model", tiny_model_dir, "--output", run, *TINY, *RUN)
+    assert ended.exit_code == 1
+    assert "adapter_model.safetensors is not what was written" in ended.stderr
+
+
 @pytest.mark.slow
 def test_a_limit_is_met_by_halving(tiny_model_dir, tmp_path, monkeypatch):
     longer = ["--max-completion-length", "40", "--set", "rollout.min_completion_length=40"]

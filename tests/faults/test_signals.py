@@ -95,7 +95,7 @@ def test_made_to_wait_at_random_moments(warm_zygote, cpu_s, whole, tiny_model_di
 REWARD = """
 import time
 def slow(completions, **fields):
-    time.sleep({seconds})
+    time.sleep(60)
     return [0.0] * len(completions)
 """
 

@@ -34,6 +34,7 @@ def test_five_hundred_steps_grow_nothing_but_the_line_files(tiny_model_dir, tmp_
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["steps"] == STEPS
     for name in ("open_files", "threads", "children"):
         assert found[name]["least"] == found[name]["most"], name
     assert found["children"]["most"] > 0  # the reward's worker

@@ -70,7 +70,9 @@ def test_batches_go_from_the_longest_to_the_shortest():
     rows = [(1,) * length for length in (3, 9, 2, 4, 4, 1)]
     found = [[len(row) for row in batch] for batch in batches(rows, 8)]
     assert found == [[9], [4, 4], [3, 2], [1]]
-    assert largest_batches(10, 35) == [Batch(3, 10, True)]
+    assert largest_batches(10, 35) == [Batch(3, 10, True), Batch(4, 8, True)]
+    assert largest_batches(1366, 4096)[1] == Batch(3, 1365, True)
+    assert largest_batches(10, 40) == [Batch(4, 10, True)]
     assert largest_batches(30, 35) == [Batch(1, 30, False), Batch(2, 17, True)]
     assert largest_batches(30, 1) == [Batch(1, 30, False)]
 
@@ -120,7 +122,9 @@ def test_out_of_memory_it_goes_on_with_smaller_batches(task, directory, monkeypa
     scored(task, reward)
     assert not caplog.text
     most = 50
-    with pytest.raises(PlanError, match=r"one conversation at a time: CUDA out of memory\.$"):
+    with pytest.raises(
+        PlanError, match=r"longest conversation by itself: CUDA out of memory; lower max="
+    ):
         scored(task, reward)
 
 

@@ -180,3 +180,11 @@ def test_values_for_steps_are_checked_and_added_up_step_by_step():
     without = score([Reward("spy", 1.0, lambda **_: [[1.0], 2.0])], texts, PROBLEMS, IDS)
     assert without.by_name == {"spy": [None, 2.0]}
     assert "rewards.step_separator is not set" in without.failures["spy"][0].message
+
+
+def test_a_value_whose_square_is_no_number_is_none():
+    """Alone it is finite, and neither a total nor an advantage of it would be."""
+    found = score([Reward("mine", 100.0, lambda **_: [1e308, 1.0])], TEXTS, PROBLEMS, IDS)
+    assert found.by_name["mine"] == [None, 1.0]
+    assert found.failures["mine"][0].reason == "invalid"
+    assert found.total == [0.0, 100.0]

@@ -21,6 +21,7 @@ def test_how_memory_is_used_and_what_is_looked_at_is_free():
         eval={"num_problems": 3},
         run={"output": "elsewhere", "steps": 7, "save_every": 3, "check_every": 1},
         model={"device": "cpu", "attention": "sdpa"},
+        rewards={"network": True, "timeout": 5.0},
     )
     assert changes(configured(), after) == []
 

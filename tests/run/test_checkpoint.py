@@ -86,6 +86,14 @@ def test_a_damaged_adapter_is_not_evaluated_or_exported(stopped, tmp_path):
     assert call("export", stopped, "--output", tmp_path / "out").exit_code == 0
 
 
+def test_a_sound_adapter_is_exported_whatever_became_of_its_checkpoints(stopped, tmp_path):
+    for path in (stopped / "checkpoints").glob("step-*"):
+        flip(path / "optimizer.safetensors")
+    done = call("export", stopped, "--output", tmp_path / "out")
+    assert done.exit_code == 0
+    assert "the final adapter is sound" in done.stderr
+
+
 def test_the_final_adapter_is_not_that_of_a_run_that_goes_on(stopped):
     """What a run had at its end is not what it has after more steps."""
     kept = (stopped / "adapter").rename(stopped.parent / "adapter")
@@ -126,6 +134,33 @@ def test_another_base_is_refused(tiny_model_dir, stopped, tmp_path):
     state = stopped / "checkpoints/step-000004/state.json"
     state.write_text(sealed({**saved, "base": "cuda:another"}))
     assert call(*again, "--steps", "5").exit_code == 0
+
+
+def test_groups_of_another_base_are_not_trained_on(tiny_model_dir, tmp_path):
+    run = tmp_path / "run"
+    train(tiny_model_dir, run, "--steps", "1", "--set", "grpo.num_iterations=2")
+    state = run / "checkpoints/step-000001/state.json"
+    saved = unsealed(state.read_text())
+    assert saved["groups"]
+    state.write_text(sealed({**saved, "base": "cpu:another"}))
+    again = ["train", "--output", run, "--resume", "--steps", "2"]
+    done = call(*again, "--allow-changed", "model.name")
+    assert (
+        "changed since it was started: model.name: the groups in hand are not used" in done.stderr
+    )
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records] == [0, 0]
+
+
+def test_a_reference_may_begin_to_move(tiny_model_dir, tmp_path):
+    """There is none in the checkpoint: it begins as the base."""
+    run = tmp_path / "run"
+    train(tiny_model_dir, run, "--steps", "1")
+    again = ["train", "--output", run, "--resume", "--steps", "2", "-q"]
+    moves = ["--set", "grpo.sync_ref_model=true", "--allow-changed", "grpo.sync_ref_model"]
+    done = call(*again, *moves)
+    assert done.exit_code == 0, done.stderr
+    assert (run / "checkpoints/step-000002/reference.safetensors").is_file()
 
 
 VALUES = st.one_of(

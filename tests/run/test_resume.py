@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import lowmem_grpo.train
 from lowmem_grpo.checksum import sealed, unsealed
 from tests.runs import TINY, assert_same_run, call, metrics, train
 
@@ -114,6 +115,31 @@ def test_a_signal_ends_the_phase_and_saves_what_is_in_hand(
     assert result.exit_code == 0, result.stderr
     assert (here / "calls").read_text() == "6"
     assert_same_run(whole, part, 6)
+
+
+def test_a_signal_in_the_last_step_leaves_its_evaluation_to_be_made(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    run, function, calls = tmp_path / "run", lowmem_grpo.train.apply_update, []
+
+    def signalled(*args, **how):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **how)
+
+    arguments = ["--model", tiny_model_dir, "--output", run, *TINY, "--steps", "2"]
+    arguments += ["--eval-every", "1", "--set", "eval.num_problems=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(lowmem_grpo.train, "apply_update", signalled)
+        stopped = call("train", *arguments)
+    assert stopped.exit_code == 4
+    assert "SIGTERM: stops after the phase in hand" in stopped.stderr
+    assert not (run / "adapter").exists()
+    assert call("train", *arguments, "--resume").exit_code == 0
+    lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert (run / "adapter").is_dir()
 
 
 @pytest.mark.parametrize(
