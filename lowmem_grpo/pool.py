@@ -17,8 +17,9 @@ from pathlib import Path
 from lowmem_grpo.checksum import sealed, unsealed
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ConfigError, DamageError
-from lowmem_grpo.grpo.packing import pack
+from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.grpo.update import Scoring, score_reference
+from lowmem_grpo.retry import Fitting
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import group_document, read_group
@@ -101,16 +102,16 @@ def check_pool(now: int | None, was: int | None) -> None:
 def fill(
     policy,
     task: Task,
-    config: Config,
+    fitting: Fitting,
     path: Path,
     groups: int,
     advance: Callable[[int], None] = lambda groups: None,
 ) -> int:
     """Make a pool of that many groups at `path`, or go on with one that was begun; returns how many
-    it had. `advance` is told of groups that are done. Raises ConfigError for a pool that was made
-    with other settings, or is larger.
+    it had. `fitting`: of the configuration. `advance` is told of groups that are done. Raises
+    ConfigError for a pool that was made with other settings, or is larger.
     """
-    file = path / "groups.jsonl"
+    config, file = fitting.config, path / "groups.jsonl"
     if path.exists() and any(path.iterdir()):
         _check(path, _read(path), config)
     path.mkdir(parents=True, exist_ok=True)
@@ -125,28 +126,29 @@ def fill(
     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
     with file.open("a", encoding="utf-8") as stream:
         for start in range(had, groups, each):
-            made = sample_groups(
-                policy,
-                [task.train_problem(i) for i in range(start, min(start + each, groups))],
-                num_generations=config.rollout.num_generations,
-                sampling=sampling_of(config, "rollout"),
-                seed=config.run.seed,
-                step=start // each,
-                max_prompt_length=config.rollout.max_prompt_length,
-                chat_template_kwargs=config.model.chat_template_kwargs,
-                batch_size=config.memory.rollout_batch_size,
-                adapters=False,
-            )
+            problems = [task.train_problem(i) for i in range(start, min(start + each, groups))]
+            count = len(problems) * config.rollout.num_generations
+            for attempt in fitting.attempts("rollout", count):
+                with attempt as fits:
+                    made = sample_groups(
+                        policy,
+                        problems,
+                        num_generations=config.rollout.num_generations,
+                        sampling=sampling_of(config, "rollout"),
+                        seed=config.run.seed,
+                        step=start // each,
+                        max_prompt_length=config.rollout.max_prompt_length,
+                        chat_template_kwargs=config.model.chat_template_kwargs,
+                        batch_size=fits.memory.rollout_batch_size,
+                        adapters=False,
+                    )
             policy.release()
             for group in made:
                 group.advantages = [0.0] * len(group.rollouts)
-            batches = pack(
-                made,
-                [1.0] * sum(len(group.rollouts) for group in made),
-                max_tokens=config.memory.micro_batch_tokens,
-                min_completion_length=config.rollout.min_completion_length,
-            )
-            score_reference(policy, batches, scoring)
+            most = sum(batch.tokens for batch in _batches(made, fitting.config))
+            for attempt in fitting.attempts("reference", most):
+                with attempt as fits:
+                    score_reference(policy, _batches(made, fits), scoring)
             policy.release()
             for group in made:
                 group.advantages = []
@@ -155,6 +157,15 @@ def fill(
             os.fsync(stream.fileno())
             advance(len(made))
     return had
+
+
+def _batches(groups: list[Group], config: Config) -> list[PackedBatch]:
+    return pack(
+        groups,
+        [1.0] * sum(len(group.rollouts) for group in groups),
+        max_tokens=config.memory.micro_batch_tokens,
+        min_completion_length=config.rollout.min_completion_length,
+    )
 
 
 def _document(config: Config, groups: int) -> dict:
