@@ -11,19 +11,20 @@ limits them is how far the policy gets from the base, where ratios are clipped.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lowmem_grpo.checksum import sealed, unsealed
 from lowmem_grpo.config import Config
-from lowmem_grpo.errors import ConfigError, DamageError
+from lowmem_grpo.errors import ConfigError, DamageError, StorageError
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.grpo.update import Scoring, score_reference
 from lowmem_grpo.retry import Fitting
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import group_document, read_group
-from lowmem_grpo.run.directory import write_atomic
+from lowmem_grpo.run.directory import naming, write_atomic
 from lowmem_grpo.sections import TaskConfig
 from lowmem_grpo.setup import sampling_of
 from lowmem_grpo.tasks import Task
@@ -32,6 +33,7 @@ from lowmem_grpo.tasks.base import permuted, stable_hash
 __all__ = ["Pool", "check_pool", "fill", "open_pool"]
 
 FORMAT = 2
+_NOTHING = (".pool.json.partial",)  # of a pool that ended before it began
 # What makes the groups what they are; a run that trains on them has the same.
 _MADE_WITH = {
     "model": ("name", "lm_head_bits", "chat_template", "chat_template_kwargs"),
@@ -109,54 +111,76 @@ def fill(
 ) -> int:
     """Make a pool of that many groups at `path`, or go on with one that was begun; returns how many
     it had. `fitting`: of the configuration. `advance` is told of groups that are done. Raises
-    ConfigError for a pool that was made with other settings, or is larger.
+    ConfigError for a pool that was made with other settings, or is larger; StorageError where it
+    cannot be written.
     """
     config, file = fitting.config, path / "groups.jsonl"
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(entry.name not in _NOTHING for entry in path.iterdir()):
         _check(path, _read(path), config)
-    path.mkdir(parents=True, exist_ok=True)
+    with _storing(path):
+        path.mkdir(parents=True, exist_ok=True)
     each = config.rollout.problems_per_step
     there = _read_lines(file) if file.is_symlink() or file.exists() else []
     if len(there) > groups:
         raise ConfigError(f"{path} has {len(there)} groups already: ask for that many or more")
     had = len(there) if len(there) == groups else len(there) // each * each
-    write_atomic(path / "pool.json", sealed(_document(config, groups)))
-    # Without a batch that was cut off.
-    write_atomic(file, "".join(f"{line}\n" for line in there[:had]))
+    with _storing(file):
+        write_atomic(path / "pool.json", sealed(_document(config, groups)))
+        # Without a batch that was cut off.
+        write_atomic(file, "".join(f"{line}\n" for line in there[:had]))
     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
-    with file.open("a", encoding="utf-8") as stream:
-        for start in range(had, groups, each):
-            problems = [task.train_problem(i) for i in range(start, min(start + each, groups))]
-            count = len(problems) * config.rollout.num_generations
-            for attempt in fitting.attempts("rollout", count):
-                with attempt as fits:
-                    made = sample_groups(
-                        policy,
-                        problems,
-                        num_generations=config.rollout.num_generations,
-                        sampling=sampling_of(config, "rollout"),
-                        seed=config.run.seed,
-                        step=start // each,
-                        max_prompt_length=config.rollout.max_prompt_length,
-                        chat_template_kwargs=config.model.chat_template_kwargs,
-                        batch_size=fits.memory.rollout_batch_size,
-                        adapters=False,
-                    )
-            policy.release()
-            for group in made:
-                group.advantages = [0.0] * len(group.rollouts)
-            most = sum(batch.tokens for batch in _batches(made, fitting.config))
-            for attempt in fitting.attempts("reference", most):
-                with attempt as fits:
-                    score_reference(policy, _batches(made, fits), scoring)
-            policy.release()
-            for group in made:
-                group.advantages = []
-                stream.write(sealed(group_document(group)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-            advance(len(made))
+    for start in range(had, groups, each):
+        problems = [task.train_problem(i) for i in range(start, min(start + each, groups))]
+        count = len(problems) * config.rollout.num_generations
+        for attempt in fitting.attempts("rollout", count):
+            with attempt as fits:
+                made = sample_groups(
+                    policy,
+                    problems,
+                    num_generations=config.rollout.num_generations,
+                    sampling=sampling_of(config, "rollout"),
+                    seed=config.run.seed,
+                    step=start // each,
+                    max_prompt_length=config.rollout.max_prompt_length,
+                    chat_template_kwargs=config.model.chat_template_kwargs,
+                    batch_size=fits.memory.rollout_batch_size,
+                    adapters=False,
+                )
+        policy.release()
+        for group in made:
+            group.advantages = [0.0] * len(group.rollouts)
+        most = sum(batch.tokens for batch in _batches(made, fitting.config))
+        for attempt in fitting.attempts("reference", most):
+            with attempt as fits:
+                score_reference(policy, _batches(made, fits), scoring)
+        policy.release()
+        for group in made:
+            group.advantages = []
+        _append(file, made)
+        advance(len(made))
     return had
+
+
+def _append(file: Path, groups: list[Group]) -> None:
+    """Add groups to those of the file, which is there, durably. Raises StorageError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+    with _storing(file), open(os.open(file, flags), "a", encoding="utf-8") as stream:
+        stream.writelines(sealed(group_document(group)) + "\n" for group in groups)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _storing(file: Path) -> Iterator[None]:
+    """Raises StorageError, in which the file is named, for what cannot be written."""
+    try:
+        with naming(file):
+            yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the pool: {error}; mend it, and run the command rollouts again, which "
+            "goes on from there"
+        ) from error
 
 
 def _batches(groups: list[Group], config: Config) -> list[PackedBatch]:
