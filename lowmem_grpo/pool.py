@@ -2,6 +2,7 @@
 
     POOL/pool.json       what the groups were sampled with
     POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens
+    POOL/pool.lock       held by the process that adds groups
 
 Each line, and pool.json, carries its sha256: a number in them that has changed would be trained on.
 
@@ -14,6 +15,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lowmem_grpo.checksum import sealed, unsealed
 from lowmem_grpo.config import Config
@@ -30,10 +33,11 @@ from lowmem_grpo.setup import sampling_of
 from lowmem_grpo.tasks import Task
 from lowmem_grpo.tasks.base import permuted, stable_hash
 
-__all__ = ["Pool", "check_pool", "fill", "open_pool"]
+__all__ = ["Pool", "check_pool", "fill", "filling", "open_pool"]
 
 FORMAT = 2
-_NOTHING = (".pool.json.partial",)  # of a pool that ended before it began
+LOCK = "pool.lock"
+_NOTHING = (LOCK, ".pool.json.partial")  # of a pool that ended before it began
 # What makes the groups what they are; a run that trains on them has the same.
 _MADE_WITH = {
     "model": ("name", "lm_head_bits", "chat_template", "chat_template_kwargs"),
@@ -101,6 +105,26 @@ def check_pool(now: int | None, was: int | None) -> None:
         )
 
 
+@contextmanager
+def filling(path: Path, config: Config) -> Iterator[None]:
+    """Makes the directory of a pool, and locks it for this process. Raises ConfigError where
+    another process has it, and for a directory that is no pool, or one made with other settings;
+    StorageError where it cannot be written.
+    """
+    _check_begun(path, config)  # nothing is put into a directory that is something else
+    lock = FileLock(path / LOCK)
+    with _storing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(f"another process makes the pool in {path}: wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()  # the file stays, as that of a run does
+
+
 def fill(
     policy,
     task: Task,
@@ -110,15 +134,12 @@ def fill(
     advance: Callable[[int], None] = lambda groups: None,
 ) -> int:
     """Make a pool of that many groups at `path`, or go on with one that was begun; returns how many
-    it had. `fitting`: of the configuration. `advance` is told of groups that are done. Raises
-    ConfigError for a pool that was made with other settings, or is larger; StorageError where it
-    cannot be written.
+    it had. To be called within `filling`. `fitting`: of the configuration. `advance` is told of
+    groups that are done. Raises ConfigError for a pool that was made with other settings, or is
+    larger; StorageError where it cannot be written.
     """
     config, file = fitting.config, path / "groups.jsonl"
-    if path.exists() and any(entry.name not in _NOTHING for entry in path.iterdir()):
-        _check(path, _read(path), config)
-    with _storing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    _check_begun(path, config)
     each = config.rollout.problems_per_step
     there = _read_lines(file) if file.is_symlink() or file.exists() else []
     if len(there) > groups:
@@ -233,6 +254,12 @@ def _read_lines(path: Path) -> list[str]:
                 "command rollouts again"
             ) from error
     return found
+
+
+def _check_begun(path: Path, config: Config) -> None:
+    """As `_check`, where there is something in the directory."""
+    if path.exists() and any(entry.name not in _NOTHING for entry in path.iterdir()):
+        _check(path, _read(path), config)
 
 
 def _check(path: Path, document: dict, config: Config) -> None:

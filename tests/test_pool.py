@@ -4,6 +4,7 @@ import json
 from statistics import fmean
 
 import pytest
+from filelock import FileLock
 
 from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import ConfigError
@@ -79,6 +80,24 @@ def test_a_pool_is_the_same_however_often_it_was_interrupted(tiny_model_dir, tmp
     fewer = call("rollouts", *shape(tiny_model_dir), "--groups", "2", "--output", part)
     assert fewer.exit_code == 2
     assert "has 6 groups already" in fewer.stderr
+
+
+def test_a_pool_is_made_by_one_process_and_nowhere_else(tiny_model_dir, tmp_path):
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    arguments = ["rollouts", *shape(tiny_model_dir), "--groups", "2", "--output"]
+    pool.mkdir()
+    with FileLock(pool / "pool.lock"):
+        refused = call(*arguments, pool)
+    assert refused.exit_code == 2
+    assert f"another process makes the pool in {pool}" in refused.stderr
+    assert [file.name for file in pool.iterdir()] == ["pool.lock"]
+    assert len(fill(tiny_model_dir, pool, 2)) == 2  # the lock alone is no pool
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    refused = call(*arguments, other)
+    assert refused.exit_code == 2
+    assert "give the directory of a pool" in refused.stderr
+    assert [file.name for file in other.iterdir()] == ["thesis.tex"]
 
 
 def test_steps_train_on_a_pool_without_sampling_and_resume_exactly(tiny_model_dir, tmp_path):
