@@ -1,6 +1,6 @@
 """A pool of groups that the base sampled: made once, trained on for many steps.
 
-    POOL/pool.json       what the groups were sampled with
+    POOL/pool.json       what the groups were sampled with, and the digest of the base
     POOL/groups.jsonl    one group a line, with the log-probs that the base gives its tokens
     POOL/pool.lock       held by the process that adds groups
 
@@ -23,6 +23,7 @@ from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ConfigError, DamageError, StorageError
 from lowmem_grpo.grpo.packing import PackedBatch, pack
 from lowmem_grpo.grpo.update import Scoring, score_reference
+from lowmem_grpo.policy.integrity import Base
 from lowmem_grpo.retry import Fitting
 from lowmem_grpo.rollout.groups import end_token_ids, sample_groups
 from lowmem_grpo.rollout.types import Group
@@ -33,9 +34,9 @@ from lowmem_grpo.setup import sampling_of
 from lowmem_grpo.tasks import Task
 from lowmem_grpo.tasks.base import permuted, stable_hash
 
-__all__ = ["Pool", "check_pool", "fill", "filling", "open_pool"]
+__all__ = ["Pool", "check_base", "check_pool", "fill", "filling", "open_pool"]
 
-FORMAT = 2
+FORMAT = 3
 LOCK = "pool.lock"
 _NOTHING = (LOCK, ".pool.json.partial")  # of a pool that ended before it began
 # What makes the groups what they are; a run that trains on them has the same.
@@ -50,9 +51,12 @@ _MADE_WITH = {
 
 
 class Pool:
-    """The groups of a directory, in an order that belongs to (seed, epoch)."""
+    """The groups of a directory, in an order that belongs to (seed, epoch). `base`: the digest of
+    the weights that they were sampled with.
+    """
 
-    def __init__(self, path: Path, seed: int):
+    def __init__(self, path: Path, seed: int, base: str):
+        self.path, self.base = path, base
         self._groups = _read_lines(path / "groups.jsonl")
         self._seed = seed
 
@@ -76,7 +80,7 @@ def open_pool(config: Config) -> Pool | None:
     path = Path(config.rollout.pool)
     document = _read(path)
     _check(path, document, config)
-    pool = Pool(path, config.task.seed)
+    pool = Pool(path, config.task.seed, document["base"])
     if len(pool) != document["groups"]:
         raise ConfigError(
             f"{path} has {len(pool)} of {document['groups']} groups: run the command rollouts again"
@@ -92,6 +96,17 @@ def open_pool(config: Config) -> Pool | None:
             f"{path} has a prompt of {longest} tokens: use --max-prompt-length {longest}"
         )
     return pool
+
+
+def check_base(path: Path, was: str, base: Base) -> None:
+    """Raises ConfigError where the groups of the pool at `path` were sampled with other weights,
+    whose digest `was` another on the same kind of device: the base is their old policy.
+    """
+    if base.is_other_than(was):
+        raise ConfigError(
+            f"{path} was sampled with other weights of the same name, or in another "
+            "model.compute_dtype: use the same, or make another pool"
+        )
 
 
 def check_pool(now: int | None, was: int | None) -> None:
@@ -135,18 +150,22 @@ def fill(
 ) -> int:
     """Make a pool of that many groups at `path`, or go on with one that was begun; returns how many
     it had. To be called within `filling`. `fitting`: of the configuration. `advance` is told of
-    groups that are done. Raises ConfigError for a pool that was made with other settings, or is
-    larger; StorageError where it cannot be written.
+    groups that are done. Raises ConfigError for a pool that was made with other settings or
+    weights, or is larger; StorageError where it cannot be written.
     """
     config, file = fitting.config, path / "groups.jsonl"
-    _check_begun(path, config)
+    base = Base(policy)
+    digest = base.digest
+    if begun := _check_begun(path, config):
+        digest = begun["base"]
+        check_base(path, digest, base)
     each = config.rollout.problems_per_step
     there = _read_lines(file) if file.is_symlink() or file.exists() else []
     if len(there) > groups:
         raise ConfigError(f"{path} has {len(there)} groups already: ask for that many or more")
     had = len(there) if len(there) == groups else len(there) // each * each
     with _storing(file):
-        write_atomic(path / "pool.json", sealed(_document(config, groups)))
+        write_atomic(path / "pool.json", sealed(_document(config, groups, digest)))
         # Without a batch that was cut off.
         write_atomic(file, "".join(f"{line}\n" for line in there[:had]))
     scoring = Scoring(config.rollout.temperature, end_token_ids(policy))
@@ -213,10 +232,13 @@ def _batches(groups: list[Group], config: Config) -> list[PackedBatch]:
     )
 
 
-def _document(config: Config, groups: int) -> dict:
+def _document(config: Config, groups: int, base: str) -> dict:
+    return {"format": FORMAT, "groups": groups, "base": base, "made_with": _made_with(config)}
+
+
+def _made_with(config: Config) -> dict:
     sections = config.model_dump(mode="json")
-    made = {f"{s}.{key}": sections[s][key] for s, keys in _MADE_WITH.items() for key in keys}
-    return {"format": FORMAT, "groups": groups, "made_with": made}
+    return {f"{s}.{key}": sections[s][key] for s, keys in _MADE_WITH.items() for key in keys}
 
 
 def _read(path: Path) -> dict:
@@ -256,14 +278,17 @@ def _read_lines(path: Path) -> list[str]:
     return found
 
 
-def _check_begun(path: Path, config: Config) -> None:
-    """As `_check`, where there is something in the directory."""
-    if path.exists() and any(entry.name not in _NOTHING for entry in path.iterdir()):
-        _check(path, _read(path), config)
+def _check_begun(path: Path, config: Config) -> dict | None:
+    """As `_check`, where there is something in the directory: its document, or None."""
+    if not path.exists() or all(entry.name in _NOTHING for entry in path.iterdir()):
+        return None
+    document = _read(path)
+    _check(path, document, config)
+    return document
 
 
 def _check(path: Path, document: dict, config: Config) -> None:
-    own = _document(config, 0)["made_with"]
+    own = _made_with(config)
     for key, was in document["made_with"].items():
         if own.get(key) != was:
             raise ConfigError(

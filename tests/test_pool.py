@@ -5,11 +5,14 @@ from statistics import fmean
 
 import pytest
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
+from lowmem_grpo.checksum import sealed, unsealed
 from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.pool import open_pool
 from tests.runs import TINY, assert_same_run, call, metrics, train
+from tests.tiny import make_tiny_model
 
 BASE = ["--set", "grpo.old_policy=base"]
 TASK = ["--task", "arithmetic:digits=2", "--reward", "repetition:ngram=1"]
@@ -147,6 +150,27 @@ def test_without_a_pool_each_step_samples_from_the_base(tiny_model_dir, tmp_path
     rows = [row for entry in memory for row in entry["comparison"]]
     assert {row["phase"] for row in rows} >= {"rollout", "reference", "update"}
     assert all(abs(row["allocated_deviation"]) < 0.05 for row in rows)
+
+
+def test_a_pool_of_other_weights_of_that_name_is_refused(tmp_path):
+    model, pool = make_tiny_model(tmp_path / "model"), tmp_path / "pool"
+    fill(model, pool, 2)
+    own = [*BASE, "--pool", pool, "--reward", "repetition:ngram=1", "--steps", "1"]
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] += 1.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for command in (
+        ["train", *shape(model), *own, "--output", tmp_path / "run"],
+        ["rollouts", *shape(model), "--groups", "4", "--output", pool],
+    ):
+        refused = call(*command)
+        assert refused.exit_code == 2, refused.stderr
+        assert f"{pool} was sampled with other weights of the same name" in refused.stderr
+    # On another kind of device the same weights may have another digest.
+    document = unsealed((pool / "pool.json").read_text())
+    (pool / "pool.json").write_text(sealed(document | {"base": "cuda:another"}))
+    fill(model, pool, 4)
+    assert unsealed((pool / "pool.json").read_text())["base"] == "cuda:another"
 
 
 def test_a_pool_that_does_not_fit_is_refused(tiny_model_dir, tmp_path):
