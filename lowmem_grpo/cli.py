@@ -160,6 +160,8 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
     from lowmem_grpo.memory.card import machine_card
     from lowmem_grpo.memory.plan import Planner
     from lowmem_grpo.memory.settle import settle_evaluation
+    from lowmem_grpo.memory.shapes import evaluated
+    from lowmem_grpo.retry import Fitting
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.evaluate import evaluate as run_evaluation
     from lowmem_grpo.setup import evaluation_settings, open_policy, open_task
@@ -171,12 +173,14 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
     config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     task = open_task(config)
     policy = open_policy(config, console.say, adapter=adapter)
-    settings = evaluation_settings(config)
-    before = None
-    with console.progress("evaluation", None) as advance:
-        if base:
-            before = run_evaluation(policy, task, **settings, adapters=False, advance=advance)
-        found = run_evaluation(policy, task, **settings, advance=advance)
+    fitting, results = Fitting(config, policy, {}, console.warn), []
+    for adapters in (False, True) if base else (True,):
+        for attempt in fitting.attempts("evaluation", evaluated(config)):
+            with attempt as fits, console.progress("evaluation", None) as advance:
+                how = {"adapters": adapters, "advance": advance}
+                result = run_evaluation(policy, task, **evaluation_settings(fits), **how)
+        results.append(result)
+    before, found = (None, *results)[-2:]
     if as_json:
         extra = {} if before is None else {"base": before.summary()}
         print_json({"target": target, "task": task.name, **found.summary(), **extra})

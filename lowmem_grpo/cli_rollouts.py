@@ -26,7 +26,8 @@ def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> N
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.admit import admit
     from lowmem_grpo.memory.card import machine_card
-    from lowmem_grpo.pool import fill
+    from lowmem_grpo.pool import fill, filling
+    from lowmem_grpo.retry import Fitting
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.setup import open_policy, open_task
 
@@ -36,8 +37,11 @@ def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> N
     config.check_trainable()
     config = config.settled({"rollout.pool": None}, "rollouts")  # which it makes
     task = open_task(config)
-    config, _, _ = admit(config, machine_card(detect(config.model.device)), console.say)
-    policy = open_policy(config, console.say)
-    with console.progress("groups", count) as advance:
-        had = fill(policy, task, config, output, count, advance)
+    config, plan, _ = admit(config, machine_card(detect(config.model.device)), console.say)
+    with filling(output, config):
+        policy = open_policy(config, console.say)
+        predicted = {phase.name: phase.peak_allocated_bytes for phase in plan.phases}
+        fitting = Fitting(config, policy, predicted, console.warn)
+        with console.progress("groups", count) as advance:
+            had = fill(policy, task, fitting, output, count, advance)
     console.say(f"{output}: {count} groups, {had} of them from before")

@@ -111,7 +111,7 @@ def train(
         optimizer = open_optimizer(config, parameters)
         scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
         base = Base(policy)
-        state = resumed.load(policy, optimizer, base, len(pool) if pool is not None else None)
+        state = resumed.load(policy, optimizer, base, pool)
         base.expect_reference()
         if scaler is not None and state.scaler:
             scaler.load_state_dict(state.scaler)

@@ -4,11 +4,15 @@ import json
 from statistics import fmean
 
 import pytest
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
+from lowmem_grpo.checksum import sealed, unsealed
 from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.pool import open_pool
 from tests.runs import TINY, assert_same_run, call, metrics, train
+from tests.tiny import make_tiny_model
 
 BASE = ["--set", "grpo.old_policy=base"]
 TASK = ["--task", "arithmetic:digits=2", "--reward", "repetition:ngram=1"]
@@ -81,6 +85,24 @@ def test_a_pool_is_the_same_however_often_it_was_interrupted(tiny_model_dir, tmp
     assert "has 6 groups already" in fewer.stderr
 
 
+def test_a_pool_is_made_by_one_process_and_nowhere_else(tiny_model_dir, tmp_path):
+    pool, other = tmp_path / "pool", tmp_path / "other"
+    arguments = ["rollouts", *shape(tiny_model_dir), "--groups", "2", "--output"]
+    pool.mkdir()
+    with FileLock(pool / "pool.lock"):
+        refused = call(*arguments, pool)
+    assert refused.exit_code == 2
+    assert f"another process makes the pool in {pool}" in refused.stderr
+    assert [file.name for file in pool.iterdir()] == ["pool.lock"]
+    assert len(fill(tiny_model_dir, pool, 2)) == 2  # the lock alone is no pool
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    refused = call(*arguments, other)
+    assert refused.exit_code == 2
+    assert "give the directory of a pool" in refused.stderr
+    assert [file.name for file in other.iterdir()] == ["thesis.tex"]
+
+
 def test_steps_train_on_a_pool_without_sampling_and_resume_exactly(tiny_model_dir, tmp_path):
     groups = fill(tiny_model_dir, tmp_path / "pool", 6)
     own = [*BASE, *TASK, "--pool", tmp_path / "pool", "--set", "run.log_rollouts=8"]
@@ -128,6 +150,27 @@ def test_without_a_pool_each_step_samples_from_the_base(tiny_model_dir, tmp_path
     rows = [row for entry in memory for row in entry["comparison"]]
     assert {row["phase"] for row in rows} >= {"rollout", "reference", "update"}
     assert all(abs(row["allocated_deviation"]) < 0.05 for row in rows)
+
+
+def test_a_pool_of_other_weights_of_that_name_is_refused(tmp_path):
+    model, pool = make_tiny_model(tmp_path / "model"), tmp_path / "pool"
+    fill(model, pool, 2)
+    own = [*BASE, "--pool", pool, "--reward", "repetition:ngram=1", "--steps", "1"]
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] += 1.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for command in (
+        ["train", *shape(model), *own, "--output", tmp_path / "run"],
+        ["rollouts", *shape(model), "--groups", "4", "--output", pool],
+    ):
+        refused = call(*command)
+        assert refused.exit_code == 2, refused.stderr
+        assert f"{pool} was sampled with other weights of the same name" in refused.stderr
+    # On another kind of device the same weights may have another digest.
+    document = unsealed((pool / "pool.json").read_text())
+    (pool / "pool.json").write_text(sealed(document | {"base": "cuda:another"}))
+    fill(model, pool, 4)
+    assert unsealed((pool / "pool.json").read_text())["base"] == "cuda:another"
 
 
 def test_a_pool_that_does_not_fit_is_refused(tiny_model_dir, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.policy.integrity import Base
-from lowmem_grpo.pool import check_pool
+from lowmem_grpo.pool import Pool, check_base, check_pool
 from lowmem_grpo.run.changed import changed_mathematics
 from lowmem_grpo.run.checkpoint import State, load_checkpoint, newest_sound, read_state
 from lowmem_grpo.run.console import Console
@@ -36,10 +36,13 @@ class Resumed:
             saved = read_state(self.checkpoint)["config"]
             self._changed = changed_mathematics(saved, config, allowed)
 
-    def load(self, policy, optimizer, base: Base, pool_size: int | None) -> State:
+    def load(self, policy, optimizer, base: Base, pool: Pool | None) -> State:
         """Put adapters and moments in place and return the state. Raises ConfigError for another
         base, or another pool, and as `load_checkpoint` does.
         """
+        if pool is not None:
+            check_base(pool.path, pool.base, base)
+        pool_size = len(pool) if pool is not None else None
         if self.checkpoint is None:
             return State(pool=pool_size, base=base.digest)
         state = load_checkpoint(self.checkpoint, policy, optimizer)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lowmem_grpo.pool
+import lowmem_grpo.run.evaluate
 import lowmem_grpo.train
 from lowmem_grpo.config import build_config, read_toml
 from lowmem_grpo.errors import PlanError
@@ -152,6 +154,43 @@ def test_where_less_does_not_help_the_run_ends_and_goes_on_later(
     # Elsewhere there is room: the run's own settings, and the very same run.
     assert call("train", *arguments, "--resume").exit_code == 0
     assert_same_run(whole, tmp_path / "run", 3)
+
+
+def test_an_evaluation_is_repeated_with_less(whole, monkeypatch):
+    arguments = ["eval", whole, "--json", "--base", "--set", "eval.batch_size=4"]
+    expected = json.loads(call(*arguments).stdout)
+    short = failing(lowmem_grpo.run.evaluate.evaluate, times=2, operation=300)
+    monkeypatch.setattr(lowmem_grpo.run.evaluate, "evaluate", short)
+    done = call(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("out of memory in the evaluation") == 2
+    assert json.loads(done.stdout) == expected
+    never = failing(lowmem_grpo.run.evaluate.evaluate, times=99, operation=300)
+    monkeypatch.setattr(lowmem_grpo.run.evaluate, "evaluate", never)
+    ended = call(*arguments)
+    assert ended.exit_code == 3
+    assert "with eval.batch_size = 1 as well" in ended.stderr
+
+
+@pytest.mark.parametrize("phase", ["rollout", "reference"])
+def test_a_pool_is_filled_with_less(tiny_model_dir, tmp_path, monkeypatch, phase):
+    name = {"rollout": "sample_groups", "reference": "score_reference"}[phase]
+    function = getattr(lowmem_grpo.pool, name)
+    sizes = ["--set", "memory.micro_batch_tokens=60", "--set", "memory.rollout_batch_size=8"]
+    arguments = ["rollouts", "--model", tiny_model_dir, *TINY, *sizes, "--groups", "4"]
+    assert call(*arguments, "--output", tmp_path / "whole").exit_code == 0
+    monkeypatch.setattr(lowmem_grpo.pool, name, failing(function, times=2, operation=300))
+    done = call(*arguments, "--output", tmp_path / "pool")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count(f"out of memory in the {phase} (planned ") == 2
+    for one, other in zip(*map(groups_of, (tmp_path / "whole", tmp_path / "pool")), strict=True):
+        for mine, theirs in zip(one["rollouts"], other["rollouts"], strict=True):
+            assert mine["completion_ids"] == theirs["completion_ids"]
+            assert mine["ref_logprobs"] == pytest.approx(theirs["ref_logprobs"], abs=1e-5)
+
+
+def groups_of(pool):
+    return [json.loads(line) for line in (pool / "groups.jsonl").read_text().splitlines()]
 
 
 class Policy:

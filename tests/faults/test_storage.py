@@ -29,6 +29,7 @@ from tests.faults.harness import (
     watching,
     why_not,
 )
+from tests.runs import TINY
 
 # errno -> the calls that it comes from, and whether the fault stays.
 FAULTS = {
@@ -77,6 +78,30 @@ def test_a_run_whose_storage_fails_says_where_to_go_on(zygote, whole, tiny_model
     assert_it_says_so(code, said, run)
     go_on(zygote, tiny_model_dir, run)
     assert_same_ending(whole.run, run)
+
+
+def test_a_pool_whose_storage_fails_is_gone_on_with(zygote, tiny_model_dir, tmp_path):
+    rollouts = ["rollouts", "--model", tiny_model_dir, *TINY, "--groups", "4", "--output"]
+    whole, log = tmp_path / "whole", tmp_path / "log"
+    zygote.warm([*rollouts, tmp_path / "warm"])
+    code, said = zygote.call(*rollouts, whole, shim=shim(whole, log=str(log)))
+    assert code == 0, said
+    events = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines()]
+    appended = events.index("write /groups.jsonl")
+    for fault, event in (
+        ("full", events.index("write /.pool.json.partial")),
+        ("full", appended),
+        ("broken", events.index("fsync /groups.jsonl", appended)),
+    ):
+        pool = tmp_path / f"pool-{event}"
+        how = {"number": FAULTS[fault][0], "lasting": True}
+        code, said = zygote.call(*rollouts, pool, shim=shim(pool, event + 1, FAIL, **how))
+        assert_it_says_so(code, said, pool)
+        assert "run the command rollouts again, which goes on from there" in said
+        code, said = zygote.call(*rollouts, pool)
+        assert code == 0, said
+        for name in ("pool.json", "groups.jsonl"):
+            assert (pool / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ def test_a_reference_that_moves_is_expected_to(policy):
     base.check()
 
 
+def test_which_layers_have_adapters_makes_no_other_base(tiny_model_dir):
+    few = open_policy(tiny_model_dir, target_modules=["q_proj"])
+    assert Base(few).digest == Base(open_policy(tiny_model_dir)).digest
+
+
 def test_where_the_embedding_lies_makes_no_other_base(tmp_path):
     untied = make_tiny_model(tmp_path / "model", tie_word_embeddings=False)
     here, there = Base(open_policy(untied)), Base(open_policy(untied, embedding_on_host=True))
