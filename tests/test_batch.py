@@ -202,6 +202,7 @@ def test_groups_without_a_signal_make_way_and_are_counted(tiny_model_dir, tmp_pa
     assert len(set(problems)) == 6
 
 
+@pytest.mark.slow
 def test_such_a_run_resumes_exactly_with_a_curriculum_too(tiny_model_dir, tmp_path, odd):
     odd = [*odd, "--set", "rollout.curriculum=3", "--set", "rollout.curriculum_field=operands"]
     train(tiny_model_dir, tmp_path / "whole", "--steps", "4", *odd)

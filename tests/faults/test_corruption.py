@@ -120,8 +120,7 @@ def test_a_few_corruptions_of_most_files(tmp_path):
         assert len(there) > 20
         for subject in there:
             kinds = sorted(corruptions(fresh() / subject.file))
-            for kind in Random(subject.file).sample(kinds, 1 if subject.file[:4] == "run/" else 2):
-                outcome(subject, kind, 0, fresh())
+            outcome(subject, Random(subject.file).choice(kinds), 0, fresh())
 
 
 @pytest.mark.slow

@@ -251,6 +251,7 @@ def test_what_a_run_grants_is_said(run, tmp_path):
     assert f"write in {tmp_path}: --set rewards.writable=[] takes that back" in said
 
 
+@pytest.mark.slow
 def test_pickles_in_a_run_are_not_read(run, tmp_path):
     mark = tmp_path / "mark"
     bomb = pickle.dumps(Bomb(mark))

@@ -89,7 +89,7 @@ def parts(
         ("llama", CARD, "sdpa", {"checkpointing": False}),
         ("qwen2", CARD, "torch_varlen", {"objective": (True, "exact")}),
         ("qwen3", CARD, "torch_varlen", {"checkpointing": False}),
-        ("llama", HOST, "sdpa", {}),
+        pytest.param("llama", HOST, "sdpa", {}, marks=pytest.mark.slow),
         ("llama", HOST, "tiled", {}),
     ],
 )

@@ -98,6 +98,7 @@ def test_with_less_memory_less_is_done_at_once_and_it_still_fits(model):
     assert [config.memory.gradient_checkpointing for config, _ in found][-1] is True
 
 
+@pytest.mark.slow
 def test_the_next_larger_value_would_not_fit(model):
     config, chosen = settled(model, SMALL, **LONG)
     assert chosen.headroom_bytes >= SMALL.margin_bytes
@@ -192,6 +193,7 @@ def test_what_takes_the_least_is_tried_last_and_each_says_why(model):
             assert config.sources[f"memory.{key}"].startswith("plan: ")
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_stays_on_the_card(model, tmp_path):
     fields = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -299,6 +301,7 @@ def test_the_search_finds_the_last_that_fits(limit):
     assert _last_below_one(lambda value: 2.0, 1, 100) is None
 
 
+@pytest.mark.slow
 def test_a_pool_s_groups_need_no_room_to_be_sampled(model):
     """Eight completions that no wave of the sampler holds on that card."""
     where = card(400)

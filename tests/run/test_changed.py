@@ -32,6 +32,7 @@ def test_how_memory_is_used_and_what_is_looked_at_is_free():
         ({"grpo": {"beta": 0.1}}, (), r"grpo.beta is 0.1, .* started with 0.04.*--allow-changed"),
         ({"grpo": {"beta": 0.1}}, ["grpo.epsilon"], "grpo.beta is 0.1"),
         ({"grpo": {"beta": 0.1}}, ["grpo.betta"], "did you mean 'grpo.beta'"),
+        ({"model": {"compute_dtype": "bfloat16"}}, (), "model.compute_dtype is 'bfloat16'"),
         ({"lora": {"r": 4}}, (), r"lora.r is 4, .* with another --output$"),
         ({"lora": {"r": 4}}, ["lora.r"], "the saved adapters and moments are of that"),
         (

@@ -59,7 +59,8 @@ def undisturbed(tiny_model_dir, tmp_path, *arguments):
     "settings",
     [
         [],
-        ["--set", "grpo.num_iterations=2"],  # three steps end between the two iterations on a batch
+        # Three steps end between the two iterations on a batch; so do runs in tests/faults.
+        pytest.param(["--set", "grpo.num_iterations=2"], marks=pytest.mark.slow),
         ["--set", "grpo.beta=0", "--set", "grpo.num_iterations=2"],
         [
             *("--set", "optimizer.optim=adamw_8bit", "--set", "grpo.kl_estimator=exact"),
@@ -82,7 +83,7 @@ def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
 @pytest.mark.parametrize(
     ("number", "settings"),
     [
-        (signal.SIGINT, []),
+        pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
         # Advantages are known after the reference then, and it has not been asked when this stops.
         (
             signal.SIGTERM,
@@ -173,13 +174,8 @@ def test_settings_that_change_the_mathematics_are_refused(tiny_model_dir, tmp_pa
     refused = call(*again, "--set", "grpo.beta=0.1")
     assert refused.exit_code == 2
     assert "grpo.beta is 0.1, and the run was started with 0.04" in refused.stderr
-    refused = call(*again, "--set", "model.compute_dtype=bfloat16")
-    assert refused.exit_code == 2
     assert metrics(part)[-1]["step"] == 1
-    # How memory is used is free.
-    assert call(*again, "--set", "memory.micro_batch_tokens=40").exit_code == 0
-    more = ["train", "--output", part, "--resume", "--steps", "3"]
-    changed = call(*more, "--set", "grpo.beta=0.1", "--allow-changed", "grpo.beta")
+    changed = call(*again[:-1], "--set", "grpo.beta=0.1", "--allow-changed", "grpo.beta")
     assert changed.exit_code == 0
     assert "changed since it was started: grpo.beta" in changed.stderr
 

@@ -56,6 +56,7 @@ def test_trl_counts_a_prompt_with_every_completion(tmp_path, tiny):
         assert step["seconds"] >= sum(step["phases"].values()) > 0
 
 
+@pytest.mark.slow
 def test_both_sides_stop_at_the_reward(tmp_path, tiny):
     pytest.importorskip("trl")
     from tools.bench import trl_side
