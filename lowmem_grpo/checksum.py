@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.errors import DamageError
 from lowmem_grpo.plain_json import parse_json
 
-__all__ = ["checksums", "damage", "sealed", "sha256_of", "unsealed"]
+__all__ = ["checksums", "damage", "read_sealed", "sealed", "sha256_of", "unsealed"]
 
 SEAL = "sha256"
 
@@ -61,6 +62,20 @@ def unsealed(text: str) -> dict[str, Any]:
     expected = document.pop(SEAL)
     if _sha256(json.dumps(document)) != expected:
         raise ValueError("it is not what was written (its sha256 differs)")
+    return document
+
+
+def read_sealed(path: Path, way_out: str) -> dict[str, Any]:
+    """A sealed document that lies beside the files of which it has the checksums, in "files".
+    Raises DamageError, with the way out, where any of them is not what was written.
+    """
+    try:
+        document = unsealed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DamageError(f"{path}: {reason}; {way_out}") from error
+    if problem := damage(path.parent, document["files"]):
+        raise DamageError(f"{path.parent}: {problem}; {way_out}")
     return document
 
 

@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.checksum import checksums, damage, sealed, unsealed
-from lowmem_grpo.errors import DamageError
+from lowmem_grpo.checksum import checksums, read_sealed, sealed
 from lowmem_grpo.run.checkpoint import save_adapter
 from lowmem_grpo.run.directory import PARTIAL, RunDirectory, replace_directory, write_atomic
 from lowmem_grpo.sections import EvalConfig
@@ -62,11 +61,4 @@ class Best:
 
 def read_best(directory: Path) -> dict[str, Any]:
     """`best.json`. Raises DamageError where it, or a file beside it, is not what was written."""
-    try:
-        document = unsealed((directory / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DamageError(f"{directory / FILE}: {reason}: {_WAY_OUT}") from error
-    if problem := damage(directory, document["files"]):
-        raise DamageError(f"{directory}: {problem}: {_WAY_OUT}")
-    return document
+    return read_sealed(directory / FILE, _WAY_OUT)

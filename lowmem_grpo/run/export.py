@@ -4,11 +4,10 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-from lowmem_grpo.checksum import damage, unsealed
+from lowmem_grpo.checksum import read_sealed
 from lowmem_grpo.errors import ConfigError, DamageError, StorageError
 from lowmem_grpo.run.best import BEST, FILE, read_best
 from lowmem_grpo.run.checkpoint import SEALS, newest_sound, read_state
@@ -37,7 +36,7 @@ def adapter_directory(
         read_best(run_path / BEST)
         return run_path / BEST
     final = run_path / "adapter"
-    reached = _read_final(final)["step"] if final.is_dir() else -1
+    reached = read_sealed(final / SEALS, _AGAIN)["step"] if final.is_dir() else -1
     try:
         checkpoint = newest_sound(run_path, warn)
     except DamageError as error:
@@ -52,17 +51,6 @@ def adapter_directory(
     return final
 
 
-def _read_final(directory: Path) -> dict[str, Any]:
-    try:
-        document = unsealed((directory / SEALS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DamageError(f"{directory / SEALS}: {reason}; {_AGAIN}") from error
-    if problem := damage(directory, document["files"]):
-        raise DamageError(f"{directory}: {problem}; {_AGAIN}")
-    return document
-
-
 def exported_step(adapter: Path) -> int:
     """The step after which the adapter of `adapter_directory` was saved. Of a run that was killed
     there may be lines of later steps than its newest checkpoint.
@@ -70,7 +58,7 @@ def exported_step(adapter: Path) -> int:
     if (adapter / FILE).is_file():
         return read_best(adapter)["step"]
     if (adapter / SEALS).is_file():
-        return _read_final(adapter)["step"]
+        return read_sealed(adapter / SEALS, _AGAIN)["step"]
     return read_state(adapter)["step"]
 
 

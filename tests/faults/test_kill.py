@@ -10,9 +10,6 @@ import pytest
 from tests.faults.harness import KILL, TEAR, assert_same_ending, repeated, shim, watching
 from tests.faults.points import PHASES
 
-# One process for all of them: the runs are forked from one that is slow to start.
-pytestmark = pytest.mark.xdist_group("zygote")
-
 KILLED = -signal.SIGKILL
 WHOLE_PHASES = ("reward", "optimizer")  # nothing is told of their parts
 READ_EVERY = 5  # of the operations; three commands take longer than the run

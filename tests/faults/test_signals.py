@@ -10,9 +10,6 @@ import pytest
 from tests.faults.harness import SIGNAL, assert_same_ending, shim, watching
 from tests.isolation.processes import family, gone
 
-# One process for all of them: the runs are forked from one that is slow to start.
-pytestmark = pytest.mark.xdist_group("zygote")
-
 STOPPED = 4
 RUNS, EVERY = 20, 12
 

@@ -31,9 +31,6 @@ from tests.faults.harness import (
 )
 from tests.runs import TINY
 
-# One process for all of them: the runs are forked from one that is slow to start.
-pytestmark = pytest.mark.xdist_group("zygote")
-
 # errno -> the calls that it comes from, and whether the fault stays.
 FAULTS = {
     "full": (errno.ENOSPC, GROW, True),

@@ -434,7 +434,9 @@ def fake_and_real(name, dtype, cases):
     return list(zip(fake, real, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_the_phases_of_a_tiny_model_to_the_byte(tiny_model_dir, dtype):
     cases = [([(5, [4, 4])], 24, True)]
     if dtype == torch.float32:

@@ -109,6 +109,7 @@ def test_two_hundred_hostile_rewards(tiny_model_dir, tmp_path, missing, part):
     assert_accounted_for(records, tmp_path / "run/rollouts.jsonl", len(numbers))
 
 
+@pytest.mark.slow
 def test_dropped_rollouts_leave_a_run_going(tiny_model_dir, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
