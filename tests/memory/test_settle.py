@@ -131,6 +131,7 @@ def test_adapters_that_do_not_fit_are_not_blamed_on_lengths(model):
     assert "would fit" not in text
 
 
+@pytest.mark.slow
 def test_what_is_pinned_stays(model):
     pinned = {
         "memory__rollout_batch_size": 3, "memory__micro_batch_tokens": 5000,
@@ -149,6 +150,7 @@ def test_what_is_pinned_stays(model):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_layers_inputs_move_to_the_host_when_nothing_else_helps(model):
     long = {"rollout__max_completion_length": 3000, "rollout__num_generations": 2}
     long |= {"memory__gradient_checkpointing": True, "memory__mlp_tile_tokens": 0}

@@ -96,7 +96,12 @@ def test_a_run_with_hostile_rewards_ends(tiny_model_dir, tmp_path, missing):
     assert_accounted_for(records, tmp_path / "run/rollouts.jsonl", len(numbers))
     in_order = ["f", *(f"f_{i}" for i in range(2, len(expected) + 1))]
     wanted = {name: x for name, x in zip(in_order, expected.values(), strict=True) if x}
-    assert [record["reward_failures"] for record in records] == [wanted, wanted]
+    for record in records:
+        assert record["reward_failures"].keys() == wanted.keys()
+        for name, reasons in record["reward_failures"].items():
+            # On a busy machine some have no time left before they could do what they do.
+            assert sum(reasons.values()) == 8
+            assert reasons.keys() <= {*wanted[name], "timeout"}
 
 
 @pytest.mark.slow
