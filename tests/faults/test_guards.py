@@ -161,7 +161,7 @@ def leak(policy):
 @pytest.mark.parametrize(
     ("act", "says"), [(flip, "are not what was loaded"), (leak, "the reference is not what it was")]
 )
-@pytest.mark.parametrize("every", [1, 0])
+@pytest.mark.parametrize("every", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_base_or_reference_that_changes_ends_the_run(
     tiny_model_dir, tmp_path, monkeypatch, act, says, every
 ):

@@ -58,7 +58,7 @@ def undisturbed(tiny_model_dir, tmp_path, *arguments):
 @pytest.mark.parametrize(
     "settings",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         # Three steps end between the two iterations on a batch; so do runs in tests/faults.
         pytest.param(["--set", "grpo.num_iterations=2"], marks=pytest.mark.slow),
         ["--set", "grpo.beta=0", "--set", "grpo.num_iterations=2"],
