@@ -1,5 +1,8 @@
 """The run directory: nothing is overwritten, nobody shares it, files are whole."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lowmem_grpo.errors import ConfigError
@@ -62,6 +65,18 @@ def test_a_file_is_not_a_directory(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         open_run(tmp_path / "x")
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    with open_run(tmp_path / "run"):
+        code = (
+            "from lowmem_grpo.run.directory import RunDirectory\n"
+            f"RunDirectory({str(tmp_path / 'run')!r}, resume=False, overwrite=False)"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another process is training in" in other.stderr
+    with open_run(tmp_path / "run"):
+        pass
 
 
 def test_numbers_that_are_not_json_are_refused(tmp_path):

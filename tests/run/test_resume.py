@@ -5,6 +5,8 @@ are in tests/faults.)
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -78,6 +80,25 @@ def test_three_steps_and_three_more_are_six(tiny_model_dir, tmp_path, settings):
     assert_same_run(whole, part, 6)
     assert len(metrics(whole)) == 6
     assert all(m["adapter_change"] > 0 for m in metrics(whole))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path):
+    whole = undisturbed(tiny_model_dir, tmp_path, *reward_file(tmp_path)[0])
+    reward, here = reward_file(tmp_path, WAIT)
+    part = tmp_path / "part"
+    arguments = ["--model", str(tiny_model_dir), "--output", str(part), *TINY, *reward]
+    arguments += ["--steps", "6"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "lowmem_grpo", "train", *arguments],
+        # Sums depend on how many threads share them: as many as in this process.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    when_reached(here, killed.kill)
+    assert killed.wait() == -signal.SIGKILL
+    assert len(metrics(part)) == 2
+    result = call("train", *arguments, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert_same_run(whole, part, 6)
 
 
 @pytest.mark.parametrize(
