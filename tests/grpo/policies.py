@@ -32,6 +32,7 @@ def open_policy(
     tile_tokens=7,
     tile_vocab=19,
     target_modules="all-linear",
+    attention="sdpa",
     **how,
 ):
     """The model of `directory` on the CPU, with adapters away from their start (where B is zero).
@@ -42,7 +43,7 @@ def open_policy(
         str(directory),
         device="cpu",
         dtype=dtype,
-        attention="sdpa",
+        attention=attention,
         adapters=AdapterSettings(r=r, lora_alpha=2 * r, target_modules=target_modules),
         seed=0,
         tile_tokens=tile_tokens,
