@@ -39,7 +39,7 @@ from lowmem_grpo.memory.joining import Part, again, layers_by_name, together, wi
 from lowmem_grpo.memory.layers import alike, base_id, deepened, shortened
 from lowmem_grpo.memory.reward_phase import RewardPhase
 from lowmem_grpo.memory.rules import CudaRules, StandInAdam8bit
-from lowmem_grpo.memory.shapes import Batch, Shapes, Wave, groups_of, packed
+from lowmem_grpo.memory.shapes import Batch, Shapes, Tiles, Wave, groups_of, packed, tiles_of
 from lowmem_grpo.memory.simulate import add_up
 from lowmem_grpo.memory.trace import Recorder
 from lowmem_grpo.memory.unreal import (
@@ -194,14 +194,13 @@ class Phases:
         return load
 
     def _rolled(self, config: Config, name: str, wave: Wave, places: int | None = None) -> Part:
-        how = config.memory.mlp_tile_tokens, config.memory.kv_cache_bits
-        return self._part(self._roll_out, name, wave, *how, places)
+        bits = config.memory.kv_cache_bits
+        return self._part(self._roll_out, name, wave, tiles_of(config), bits, places)
 
     def _scored(self, config: Config, batches: tuple[Batch, ...], few: bool = False) -> Part:
         m = config.memory
         how = m.gradient_checkpointing, m.activation_offloading, m.offload_overlap
-        tiles = m.mlp_tile_tokens, m.logits_tile_tokens, m.logits_tile_vocab
-        return self._part(self._score, batches, how, tiles, few)
+        return self._part(self._score, batches, how, tiles_of(config), few)
 
     def _part(self, run, *shape) -> Part:
         key = run.__name__, self._ends, *shape
@@ -275,11 +274,15 @@ class Phases:
         events, host = without_host(self._deep(recorder, layers))
         return Part(events, recorder.workspaces, kept=add_up(events).final_allocated, host=host)
 
+    def _set_tiles(self, tiles: Tiles) -> None:
+        self._policy.set_mlp_tile(tiles.mlp)
+        self._policy.tiles = {"tile_tokens": tiles.tokens, "tile_vocab": tiles.vocab}
+
     def _roll_out(
-        self, name: str, wave: Wave, mlp_tile: int, cache_bits: int, places: int | None
+        self, name: str, wave: Wave, tiles: Tiles, cache_bits: int, places: int | None
     ) -> Part:
         self._values.rows_per_problem = wave.rows
-        self._policy.set_mlp_tile(mlp_tile)
+        self._set_tiles(tiles)
         self._policy.cache_bits = cache_bits
         with _refused(self._policy), self._recorder() as recorder, recorder.phase(name):
             sampling = sampling_of(self._config, name)
@@ -291,14 +294,10 @@ class Phases:
         return Part(self._deep(recorder), recorder.workspaces)
 
     def _score(
-        self,
-        batches: tuple[Batch, ...],
-        how: tuple[bool, bool, bool],
-        tiles: tuple[int, int, int],
-        few: bool,
+        self, batches: tuple[Batch, ...], how: tuple[bool, bool, bool], tiles: Tiles, few: bool
     ) -> Part:
-        """Reference and update. `how`: checkpointing, offloading, overlapping; `tiles`: tokens of
-        an MLP's, rows and columns of the head's; `few`: without a reference before the update.
+        """Reference and update. `how`: checkpointing, offloading, overlapping; `few`: without a
+        reference before the update.
         """
         how = dict(zip(("checkpointing", "offloading", "overlapping"), how, strict=True))
         policy, config = self._policy, self._config
@@ -306,8 +305,7 @@ class Phases:
         referred = config.asks_reference and not few
         if few and not settings["objective"].exact:
             settings["objective"] = replace(settings["objective"], beta=0.0)
-        policy.set_mlp_tile(tiles[0])
-        policy.tiles = {"tile_tokens": tiles[1], "tile_vocab": tiles[2]}
+        self._set_tiles(tiles)
         groups = [groups_of(batch) for batch in batches]
         scoring = (FewTiles if few else Scoring)(config.rollout.temperature, (0,))
         scaler = torch.amp.GradScaler("cpu") if self._dtype == torch.float16 else None

@@ -14,6 +14,7 @@ from lowmem_grpo.tasks.base import Problem
 
 __all__ = [
     "Shapes",
+    "Tiles",
     "Wave",
     "budgets",
     "completions",
@@ -27,6 +28,7 @@ __all__ = [
     "packed",
     "pieces",
     "rollout_sizes",
+    "tiles_of",
     "tokens",
     "wave",
 ]
@@ -57,6 +59,20 @@ class Shapes(NamedTuple):
     batches: tuple[Batch, ...]
     evaluation: Wave | None = None
     scored: tuple[tuple, ...] | None = None
+
+
+class Tiles(NamedTuple):
+    """Tokens of an MLP's tiles (0: all at once); tokens and vocabulary entries of the head's."""
+
+    mlp: int
+    tokens: int
+    vocab: int
+
+
+def tiles_of(config: Config) -> Tiles:
+    """The tiles of a run whose memory settings are numbers."""
+    m = config.memory
+    return Tiles(m.mlp_tile_tokens, m.logits_tile_tokens, m.logits_tile_vocab)
 
 
 def longest(config: Config, padded: bool = False) -> Shapes:

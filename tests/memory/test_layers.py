@@ -12,7 +12,7 @@ from lowmem_grpo.memory import phases as phases_module
 from lowmem_grpo.memory.card import PlanCard
 from lowmem_grpo.memory.layers import TRACED, alike, base_id, deepened, shortened
 from lowmem_grpo.memory.phases import Phases
-from lowmem_grpo.memory.shapes import Wave
+from lowmem_grpo.memory.shapes import Tiles, Wave
 from lowmem_grpo.memory.simulate import simulate
 from lowmem_grpo.memory.trace import Recorder
 from lowmem_grpo.policy import activations, norm
@@ -60,8 +60,8 @@ def parts(
     phases._short = short
     found = [phases._ready(config)]
     wave = Wave((5, 3), 2, 2, 4)
-    found.append(phases._part(phases._roll_out, "rollout", wave, mlp_tile, cache_bits, None))
-    how, tiles = (checkpointing, offloading, overlapping), (mlp_tile, 8, 999)
+    how, tiles = (checkpointing, offloading, overlapping), Tiles(mlp_tile, 8, 999)
+    found.append(phases._part(phases._roll_out, "rollout", wave, tiles, cache_bits, None))
     found.append(phases._part(phases._score, BATCHES, how, tiles, False))
     found.append(phases._part(phases._step))
     assert phases._short == short
@@ -115,7 +115,7 @@ def test_one_layer_stands_for_all_at_tokens_on_the_way(tmp_path, monkeypatch):
         phases = Phases(config, built, CARD, dtype=torch.bfloat16, attention="torch_varlen")
         phases._ready(config)
         wave = Wave((50, 50), 32, 1500, 1500)
-        part = phases._part(phases._roll_out, "rollout", wave, 0, 16, None)
+        part = phases._part(phases._roll_out, "rollout", wave, Tiles(0, 8, 999), 16, None)
         usage = simulate(part.events)
         return usage.peak_allocated, usage.peak_reserved, len(part.events)
 

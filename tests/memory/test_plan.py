@@ -208,6 +208,23 @@ def test_a_second_step_finds_what_the_first_left(model):
     assert after[0] == after[1]
 
 
+def test_a_head_in_eight_bits_is_sampled_by_the_runs_tiles(model):
+    built, wave = read_model_config(str(model)), Wave((64, 64), 4, 3, 3)
+    config = configured(model, model__lm_head_bits=8)
+    phases = Phases(config, built, CARD, dtype=torch.bfloat16, attention="torch_varlen")
+
+    def events(tile: int) -> int:
+        key = "memory.logits_tile_vocab"
+        return len(phases.alone(config.settled({key: tile}, "test"), wave).events)
+
+    whole, halves, quarters = events(4096), events(2048), events(1024)
+    phases.alone(config, (((2, (2,)),),))  # an update between has the configuration's own tiles
+    eighths = events(512)
+    tile = halves - whole
+    assert tile > 0
+    assert (quarters - whole, eighths - whole) == (3 * tile, 7 * tile)
+
+
 @pytest.mark.parametrize(
     ("change", "grows"),
     [
