@@ -29,6 +29,7 @@ from lowmem_grpo.sections import (
     Section,
     TaskConfig,
 )
+from lowmem_grpo.text_files import read_text
 
 __all__ = ["Config", "build_config", "config_toml", "load_config", "parse_assignment", "read_toml"]
 
@@ -176,7 +177,7 @@ def read_toml(path: str, sealed: bool = False) -> dict[str, Any]:
     DamageError where it begins with a checksum, and what follows is not what was written.
     """
     try:
-        text = Path(path).read_bytes().decode()
+        text = read_text(path)
         if sealed and not text.strip():
             raise DamageError(f"{path} is empty: put it back")
         if sealed and text.startswith(_SEAL):
@@ -189,7 +190,7 @@ def read_toml(path: str, sealed: bool = False) -> dict[str, Any]:
         return tomlkit.parse(text).unwrap()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (TOMLKitError, UnicodeDecodeError) as error:
+    except (TOMLKitError, ValueError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from lowmem_grpo.errors import ConfigError, nearest
 from lowmem_grpo.hardware import Choice, Machine
 from lowmem_grpo.sections import MemoryConfig
+from lowmem_grpo.text_files import read_text
 
 _GIB = 2**30
 _MIB = 2**20
@@ -192,11 +193,11 @@ def _bare(name: str) -> str:
 
 def _read(path: Path) -> Profile:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
         raise ConfigError(f"profile {path}: cannot read it: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"profile {path}: not a text file in UTF-8 ({error.reason})") from error
+    except ValueError as error:
+        raise ConfigError(f"profile {path}: {error}") from error
     return _parse(text, path.stem, path)
 
 

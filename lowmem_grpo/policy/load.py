@@ -30,6 +30,7 @@ from lowmem_grpo.policy.files import (
 )
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
+from lowmem_grpo.text_files import read_text
 
 __all__ = [
     "check_forward", "check_quantisation", "load_in_4_bits", "load_policy", "load_tokenizer",
@@ -155,9 +156,9 @@ def read_tokenizer(name: str, chat_template: str | None, setting: str, way_out: 
         if not path.is_file():
             raise ModelError(f"{setting}: no such file: {chat_template}")
         try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            tokenizer.chat_template = read_text(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ModelError(f"{setting}: cannot read {path}: {reason}") from error
     if not tokenizer.chat_template:
         raise ModelError(f"{name} has no chat template: {way_out}")

@@ -41,6 +41,7 @@ from lowmem_grpo.isolation.worker import Worker
 from lowmem_grpo.rewards.base import RewardFunction
 from lowmem_grpo.rewards.isolated import Isolated, answering
 from lowmem_grpo.tasks.answers import last_number
+from lowmem_grpo.text_files import read_text
 
 __all__ = ["Judge", "judge_reward", "make_judge"]
 
@@ -147,11 +148,10 @@ def _read(path: str) -> Judge:
     if not path:
         raise ConfigError("reward 'judge' needs a file: write judge:FILE.toml")
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            given = tomlkit.parse(file.read()).unwrap()
+        given = tomlkit.parse(read_text(os.path.expanduser(path))).unwrap()
     except OSError as error:
         raise ConfigError(f"{where}: cannot read it: {error.strerror}") from error
-    except (TOMLKitError, UnicodeDecodeError) as error:
+    except (TOMLKitError, ValueError) as error:
         raise ConfigError(f"{where} is not valid TOML: {error}") from error
     known = {field.name: field for field in fields(Judge)}
     for name, value in given.items():
