@@ -8,7 +8,6 @@ together with its origin.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import tomlkit

@@ -43,4 +43,4 @@ def open_hub(path: str) -> ArrowTable:
     if len(rows) == 0:
         raise TaskError(f"{path} has no rows")
     # As Arrow: the columns as they are stored, nothing decoded.
-    return ArrowTable(rows.with_format("arrow")[:])
+    return ArrowTable(rows.with_format("arrow")[:], path)

@@ -29,8 +29,9 @@ from lowmem_grpo.tasks.answers import (
     parse_number,
     same_answer,
 )
-from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, chat, permuted, plain, stable_hash
+from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, permuted, plain, stable_hash
 from lowmem_grpo.tasks.hub import PREFIX, open_hub
+from lowmem_grpo.tasks.messages import read_messages
 from lowmem_grpo.tasks.tables import Table, open_table
 
 
@@ -168,7 +169,7 @@ class _Source:
         if column not in columns:
             raise TaskError(
                 f"{self._path} has no column '{column}'{nearest(column, columns)}; it has: "
-                f"{', '.join(columns)}. Choose one with task.{setting}"
+                f"{', '.join(columns)}. Choose one with task.{setting}{self._table.hint}"
             )
 
     def _cell(self, number: int, row: dict[str, Any], column: str) -> Any:
@@ -182,31 +183,13 @@ class _Source:
 
     def _messages(self, number: int, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         column = self._options.prompt_column
-        prompt = plain(self._cell(number, row, column))
-        if isinstance(prompt, str):
-            return chat(prompt, None)
-        if not isinstance(prompt, list):
-            self._fail(
-                number,
-                f"has {prompt!r:.60} as its '{column}', not a text or a list of chat messages",
-            )
-        for message in prompt:
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(key), str) and message[key].strip()
-                for key in ("role", "content")
-            ):
-                self._fail(
-                    number,
-                    f"has a message in '{column}' without a role and a content in text: "
-                    f"{message!r:.60}",
-                )
-        if prompt[-1]["role"] in ("assistant", "system"):
-            self._fail(
-                number,
-                f"has a '{column}' that ends with a message of the "
-                f"{prompt[-1]['role']}, not of the user",
-            )
-        return tuple(prompt)
+        prompt = self._cell(number, row, column)
+        try:
+            # Bytes are text where they are: a prompt is not guessed at.
+            text = prompt.decode() if isinstance(prompt, bytes) else plain(prompt)
+            return read_messages(text)
+        except ValueError as error:
+            self._fail(number, f"cannot be used: its '{column}': {error}")
 
     def _answer(self, number: int, row: dict[str, Any]) -> str:
         value = self._cell(number, row, self._options.answer_column)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gzip
 import json
 from decimal import Decimal
 
@@ -61,6 +62,48 @@ def test_jsonl_csv_and_parquet_give_the_same_problems(tmp_path):
         problems = [task.train_problem(i) for i in range(3)]
         got = sorted((p.messages[0]["content"], p.answer, p.fields["note"]) for p in problems)
         assert got == expected, path
+
+
+LONG = "x" * 300_000
+SAME = {
+    "lines.jsonl": '{"prompt":"q\u2028","answer":"1"}\n\n{"prompt":"LONG","answer":"2"}\n\n',
+    "array.json": '[{"prompt":"q\u2028","answer":"1"},\n {"prompt":"LONG",\n"answer":"2"}]\n',
+    "array.jsonl": '\n[ {"prompt":"q\\u2028","answer":"1"},{"prompt":"LONG","answer":"2"}]',
+    "commas.csv": 'prompt,answer\nq\u2028,1\n\n"LONG",2\n',
+    "semicolons.csv": "prompt;answer\nq\u2028;1\nLONG;2\n",
+    "excel.csv": "sep=;\nprompt;answer\nq\u2028;1\nLONG;2\n",
+    "tabs.csv": "prompt\tanswer\nq\u2028\t1\nLONG\t2\n",
+    "tabs.tsv": "prompt\tanswer\nq\u2028\t1\nLONG\t2\n",
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_one_table_whatever_its_form_its_line_ends_and_its_length(tmp_path, name):
+    limit = csv.field_size_limit()
+    for encoding in ("utf-8", "utf-8-sig"):
+        for ends in ("\n", "\r\n", "\r"):
+            data = SAME[name].replace("LONG", LONG).replace("\n", ends).encode(encoding)
+            (tmp_path / name).write_bytes(data)
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+            for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+                task = load(path, shuffle=False, eval_fraction=0)
+                problems = [task.train_problem(i) for i in (0, 1)]
+                prompts = [problem.messages[0]["content"] for problem in problems]
+                assert (prompts, [p.answer for p in problems]) == (["q\u2028", LONG], ["1", "2"])
+    assert csv.field_size_limit() == limit
+
+
+def test_text_parts_are_joined_and_a_chat_may_be_written_as_json(tmp_path):
+    parts = [{"type": "text", "text": "What is ", "url": None}, {"type": "text", "text": "1+1?"}]
+    chat = [{"role": "system", "content": []}, {"role": "user", "content": parts}]
+    rows = [{"prompt": chat, "answer": "2"}, {"prompt": json.dumps(chat), "answer": "2"}]
+    said = ({"role": "system", "content": ""}, {"role": "user", "content": "What is 1+1?"})
+    for path in (
+        write_jsonl(tmp_path / "p.jsonl", rows),
+        write_parquet(tmp_path / "p.parquet", rows[:1]),
+    ):
+        task = load(path, eval_fraction=0, system_prompt="Ours.")
+        assert task.train_problem(0).messages == task.train_problem(1).messages == said
 
 
 def test_chat_prompts_keep_their_messages_and_their_system_prompt(tmp_path):
@@ -260,7 +303,20 @@ BAD = {
     "nan.jsonl": (b'{"prompt":"a","answer":NaN}', ["line 1", "nan"]),
     "spaces.csv": (b'prompt,answer\nq,1\n"  ",2\n', ["line 3", "'prompt'"]),
     "list.jsonl": (b'["prompt"]', ["line 1", "not a JSON object"]),
-    "array.json": (b'[\n{"prompt":"a","answer":"b"}\n]', ["line 1", "one object a line"]),
+    "array.json": (b'[\n{"prompt":"a","answer":"b"}\n', ["one JSON array", "line 3"]),
+    "item.json": (b'[{"prompt":"a","answer":"b"},\n7]', ["object 2 (line 2)", "7"]),
+    "data.json": (b'{"data": [{"prompt":"a","answer":"b"}]}', ["rows in 'data'", "jq '.data'"]),
+    "indented.json": (b'{"rows": [\n {"prompt":"a","answer":"b"}\n]}', ["rows in 'rows'"]),
+    "columns.json": (b'{\n"prompt":["a"],"answer":["b"]}', ["one object", "an array of objects"]),
+    "half.jsonl": (
+        b'{"prompt":"a","answer":"b"}\n{"prompt":"a","answer":"b","note":["\\ud83d"]}',
+        ["line 2", "\\ud83d in 'note'", "surrogate"],
+    ),
+    "wide.csv": ("prompt,answer\na,b\n".encode("utf-16"), ["UTF-16", "save it as UTF-8"]),
+    "excel.csv": (b"PK\x03\x04rest", ["zip archive"]),
+    "tabs.tsv": (b"prompt\tanswer\na\tb\tc\n", ["line 2", "3 cells", "tabs"]),
+    "bad.csv.gz": (b"prompt,answer\na,b\n", ["not a whole gzip file"]),
+    "semicolons.csv": (b"prompt;answer\na;b;c\n", ["line 2", "3 cells", "semicolons"]),
     "broken.jsonl": (b'{"prompt":"a","answer":"b"}\n{"prompt"', ["line 2", "not JSON"]),
     "deep.jsonl": (b"[" * 100_000, ["line 1", "not JSON"]),
     "twice.jsonl": (b'{"prompt":"a","answer":"1","answer":"2"}', ["line 1", "comes twice"]),
@@ -278,6 +334,22 @@ BAD = {
     "reply.jsonl": (
         b'{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"answer":"b"}',
         ["line 1", "assistant"],
+    ),
+    "image.jsonl": (
+        b'{"prompt":[{"role":"user","content":[{"type":"image","url":"x"}]}],"answer":"b"}',
+        ["line 1", "'image'", "text alone"],
+    ),
+    "empty.jsonl": (
+        b'{"prompt":[{"role":"user","content":" "}],"answer":"b"}',
+        ["line 1", "empty one of the user"],
+    ),
+    "sharegpt.jsonl": (
+        b'{"prompt":[{"from":"human","value":"a"}],"answer":"b"}',
+        ["line 1", "'role' and 'content'"],
+    ),
+    "repr.csv": (
+        b"prompt,answer\n\"[{'role': 'user', 'content': 'a'}]\",b\n",
+        ["line 2", "as Python shows it"],
     ),
 }
 
