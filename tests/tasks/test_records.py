@@ -307,7 +307,10 @@ BAD = {
     "item.json": (b'[{"prompt":"a","answer":"b"},\n7]', ["object 2 (line 2)", "7"]),
     "data.json": (b'{"data": [{"prompt":"a","answer":"b"}]}', ["rows in 'data'", "jq '.data'"]),
     "indented.json": (b'{"rows": [\n {"prompt":"a","answer":"b"}\n]}', ["rows in 'rows'"]),
-    "columns.json": (b'{\n"prompt":["a"],"answer":["b"]}', ["one object", "an array of objects"]),
+    "columns.json": (
+        b'{\n"prompt":["a"],"answer":["b"]}',
+        ["is one object", "one array of objects"],
+    ),
     "half.jsonl": (
         b'{"prompt":"a","answer":"b"}\n{"prompt":"a","answer":"b","note":["\\ud83d"]}',
         ["line 2", "\\ud83d in 'note'", "surrogate"],
