@@ -226,6 +226,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.setup import open_policy, open_task, sampling_of
     from lowmem_grpo.tasks.base import Problem, chat
+    from lowmem_grpo.tasks.messages import question
 
     console = Console(quiet=quiet)
     config, adapter = read_target(
@@ -253,7 +254,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
             advance=advance,
         )
     if not quiet:
-        click.echo(f"> {problem.messages[-1]['content']}")
+        click.echo(f"> {question(problem.messages)}")
     for rollout in group.rollouts:
         click.echo(rollout.text)
 

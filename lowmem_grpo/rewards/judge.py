@@ -41,6 +41,7 @@ from lowmem_grpo.isolation.worker import Worker
 from lowmem_grpo.rewards.base import RewardFunction
 from lowmem_grpo.rewards.isolated import Isolated, answering
 from lowmem_grpo.tasks.answers import last_number
+from lowmem_grpo.tasks.messages import question
 from lowmem_grpo.text_files import read_text
 
 __all__ = ["Judge", "judge_reward", "make_judge"]
@@ -92,7 +93,7 @@ def make_judge(**settings: Any) -> Callable[..., list | str]:
 
     def ask_all(completions: list[str], answer: list[str], prompts: list, **_: Any) -> list:
         asked = [
-            judge.prompt.format(question=messages[-1]["content"], answer=wanted, completion=text)
+            judge.prompt.format(question=question(messages), answer=wanted, completion=text)
             for messages, wanted, text in zip(prompts, answer, completions, strict=True)
         ]
         with ThreadPoolExecutor(judge.concurrency) as threads:

@@ -37,6 +37,7 @@ from lowmem_grpo.policy.load import read_tokenizer
 from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 from lowmem_grpo.tasks.base import Problem, parse_options
+from lowmem_grpo.tasks.messages import split_prefilled
 
 __all__ = ["Batch", "ModelReward", "ModelSpec", "batches", "largest_batches", "parse_spec"]
 
@@ -194,8 +195,11 @@ class ModelReward:
         return tuple(ids)
 
     def _text(self, messages: Sequence[dict], completion: str) -> str:
-        answer = {"role": "assistant", "content": completion}
-        return self._tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+        asked, beginning = split_prefilled(messages)
+        # Texts of completions have the prompt's part of the answer already, unless that is set off.
+        begun = completion if completion.startswith(beginning) else beginning + completion
+        answer = {"role": "assistant", "content": begun}
+        return self._tokenizer.apply_chat_template([*asked, answer], tokenize=False)
 
 
 def batches(rows: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:

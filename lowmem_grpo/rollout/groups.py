@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from lowmem_grpo.errors import ModelError, TaskError
+from lowmem_grpo.errors import TaskError
+from lowmem_grpo.rollout.prompts import render
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling, uniforms
 from lowmem_grpo.rollout.types import Group, Rollout
@@ -18,22 +19,14 @@ def prompt_ids(
     max_prompt_length: int,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of the problem's messages under the chat template, ready for the assistant's turn.
-    `chat_template_kwargs`: what the template is given beside the messages.
+    """Token ids of the problem's messages under the chat template, ready for the assistant's turn
+    or what is left of it (see prompts.py). `chat_template_kwargs`: what the template is given
+    beside the messages.
 
     Raises TaskError for a prompt of more than `max_prompt_length` tokens: cutting it would ask
-    another question. Raises ModelError for a chat template that fails, or leaves the question out.
+    another question. Raises ModelError for a chat template that fails, or leaves a message out.
     """
-    kwargs, messages = chat_template_kwargs or {}, list(problem.messages)
-    text = _rendered(tokenizer, messages, kwargs, problem.id)
-    question = messages[-1]
-    if question["content"].strip() not in text:
-        other = [*messages[:-1], {**question, "content": question["content"] + " and more"}]
-        if _rendered(tokenizer, other, kwargs, problem.id) == text:
-            raise ModelError(
-                f"the chat template leaves out the question of problem {problem.id}: give another "
-                "with --set model.chat_template=FILE"
-            )
+    text = render(tokenizer, list(problem.messages), chat_template_kwargs or {}, problem.id)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) > max_prompt_length:
         raise TaskError(
@@ -41,19 +34,6 @@ def prompt_ids(
             f"{max_prompt_length}: use --max-prompt-length {len(ids)} or leave the problem out"
         )
     return ids
-
-
-def _rendered(tokenizer, messages: list[dict], kwargs: dict[str, Any], problem: str) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **kwargs
-        )
-    except Exception as error:  # a template is a program, which can raise anything
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ModelError(
-            f"the chat template fails on problem {problem}: {type(error).__name__}: {reason:.200}; "
-            "give another with --set model.chat_template=FILE"
-        ) from error
 
 
 def end_token_ids(policy) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 from lowmem_grpo.errors import TaskError
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.tasks.base import Problem, Task
+from lowmem_grpo.tasks.messages import split_prefilled
 
 EXAMPLE_SEED = 0
 # So many training problems for each example are looked at for one that is new.
@@ -38,7 +39,8 @@ class FewShot(Task):
             reply = source.reply(problem)
             turns = _without_system(problem)
             if reply:
-                answered = [*turns, {"role": "assistant", "content": reply}]
+                asked, beginning = split_prefilled(turns)
+                answered = [*asked, {"role": "assistant", "content": beginning + reply}]
                 self._examples.setdefault(_key(turns), answered)
             if len(self._examples) > count:
                 return

@@ -19,6 +19,7 @@ from dataclasses import replace
 from lowmem_grpo.errors import TaskError
 from lowmem_grpo.tasks.answers import contains_answer, final_answer, parse_number, same_answer
 from lowmem_grpo.tasks.base import Problem, TaskOptions
+from lowmem_grpo.tasks.messages import split_prefilled
 from lowmem_grpo.tasks.records import Records
 
 _HUB = "hub:openai/gsm8k@main"
@@ -73,6 +74,7 @@ class Gsm8k(Records):
 
 
 def _asked(problem: Problem) -> Problem:
-    *before, question = problem.messages
+    (*before, question), _ = split_prefilled(problem.messages)
     asked = {**question, "content": f"{question['content']}\n{_REQUEST}"}
-    return replace(problem, messages=(*before, asked))
+    rest = problem.messages[len(before) + 1 :]
+    return replace(problem, messages=(*before, asked, *rest))

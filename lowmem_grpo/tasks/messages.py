@@ -103,14 +103,12 @@ def _text_of(part: Any, message: dict[str, Any]) -> str:
 
 def _check_end(messages: Messages) -> None:
     last = messages[-1]
-    if last["role"] in ("system", "developer", "assistant"):
+    if last["role"] in ("system", "developer"):
         _refuse(last, f"is of the {last['role']} and the last one: nobody asks anything")
     if last["role"] != "assistant":
         return
-    if last.get("tool_calls") or not last["content"].strip():
-        _refuse(
-            last, "of the assistant is the last one and has no text to go on from: leave it out"
-        )
+    if last.get("tool_calls"):
+        _refuse(last, "of the assistant is the last one and calls a tool: there is nothing to say")
     if len(messages) == 1 or messages[-2]["role"] in ("assistant", "system", "developer"):
         _refuse(last, "of the assistant is the last one and answers nobody: it follows no question")
 

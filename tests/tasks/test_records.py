@@ -118,6 +118,26 @@ def test_chat_prompts_keep_their_messages_and_their_system_prompt(tmp_path):
     assert messages == sorted([(ours, user), (own, user)], key=str)
 
 
+def test_a_prompt_may_end_with_the_assistant_s_beginning(tmp_path):
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    rows = [
+        {"question": [turn("user", f"{i}+1?"), turn("assistant", "So: ")], "answer": f"#### {i}"}
+        for i in range(3)
+    ]
+    path = str(write_jsonl(tmp_path / "p.jsonl", rows))
+    options = TaskOptions(path=path, few_shot=1, system_prompt="Ours.", eval_fraction=0)
+    system, asked, answered, question, beginning = (
+        load_task("gsm8k", seed=0, options=options).train_problem(0).messages
+    )
+    assert (system, beginning) == (turn("system", "Ours."), turn("assistant", "So: "))
+    assert answered["content"].startswith("So: #### ")
+    for message in (asked, question):
+        assert message["role"] == "user"
+        assert message["content"].count("end with a line") == 1
+
+
 def test_every_training_row_comes_once_in_an_epoch_in_another_order_each_time(hundred):
     task = load(hundred)
     size = task.num_train
@@ -335,8 +355,12 @@ BAD = {
     "nochat.jsonl": (b'{"prompt":[],"answer":"b"}', ["line 1", "'prompt'"]),
     "role.jsonl": (b'{"prompt":[{"content":"a"}],"answer":"b"}', ["line 1", "role"]),
     "reply.jsonl": (
-        b'{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"answer":"b"}',
-        ["line 1", "assistant"],
+        b'{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":""}],"answer":1}',
+        ["line 1", "empty one of the assistant"],
+    ),
+    "monologue.jsonl": (
+        b'{"prompt":[{"role":"assistant","content":"a"}],"answer":"b"}',
+        ["line 1", "answers nobody"],
     ),
     "image.jsonl": (
         b'{"prompt":[{"role":"user","content":[{"type":"image","url":"x"}]}],"answer":"b"}',
