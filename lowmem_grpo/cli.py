@@ -164,14 +164,18 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
     from lowmem_grpo.retry import Fitting
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.evaluate import evaluate as run_evaluation
-    from lowmem_grpo.setup import evaluation_settings, open_policy, open_task
+    from lowmem_grpo.setup import evaluation_settings, left_out, open_policy, open_task
+    from lowmem_grpo.tasks.base import held_out
 
     console = Console(quiet=quiet or as_json)
     config, adapter = read_target(
         target, profile, assignments, flags, console.say, best, console.warn
     )
-    config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     task = open_task(config)
+    held_out(task, config.eval.num_problems)
+    for line in left_out(task, config):
+        console.say(line)
+    config = settle_evaluation(Planner(config, machine_card(detect(config.model.device))), config)
     policy = open_policy(config, console.say, adapter=adapter)
     fitting, results = Fitting(config, policy, {}, console.warn), []
     for adapters in (False, True) if base else (True,):
@@ -225,7 +229,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
     from lowmem_grpo.rollout.groups import sample_groups
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.setup import open_policy, open_task, sampling_of
-    from lowmem_grpo.tasks.base import Problem, chat
+    from lowmem_grpo.tasks.base import Problem, chat, held_out
     from lowmem_grpo.tasks.messages import question
 
     console = Console(quiet=quiet)
@@ -233,7 +237,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
         target, profile, assignments, flags, console.say, best, console.warn
     )
     if prompt is None:
-        problem = open_task(config).eval_problems(1)[0]
+        (problem,) = held_out(open_task(config), 1)
     else:
         problem = Problem("prompt", chat(prompt, config.task.system_prompt), "")
     planner = Planner(config, machine_card(detect(config.model.device)))
@@ -308,10 +312,9 @@ def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
         (partial / CARD).write_text(model_card(source, config, "merged 16-bit model", step))
     click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
-    prompts = [
-        prompt_ids(policy.tokenizer, problem, longest, template)
-        for problem in open_task(config).eval_problems(COMPARED)
-    ]
+    task = open_task(config)
+    problems = task.eval_problems(COMPARED) or [task.train_problem(i) for i in range(COMPARED)]
+    prompts = [prompt_ids(policy.tokenizer, each, longest, template) for each in problems]
     if config.model.lm_head_bits == 8:
         policy.round_head()  # what was trained
     click.echo(compare(policy, output, dtype, prompts).line())

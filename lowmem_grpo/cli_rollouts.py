@@ -29,7 +29,7 @@ def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> N
     from lowmem_grpo.pool import fill, filling
     from lowmem_grpo.retry import Fitting
     from lowmem_grpo.run.console import Console
-    from lowmem_grpo.setup import open_policy, open_task
+    from lowmem_grpo.setup import check_prompts, open_policy, open_task
 
     console = Console(quiet=quiet)
     assignments = (*assignments, "grpo.old_policy=base")
@@ -37,6 +37,7 @@ def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> N
     config.check_trainable()
     config = config.settled({"rollout.pool": None}, "rollouts")  # which it makes
     task = open_task(config)
+    check_prompts(task, config, console.say, training=count)
     config, plan, _ = admit(config, machine_card(detect(config.model.device)), console.say)
     with filling(output, config):
         policy = open_policy(config, console.say)

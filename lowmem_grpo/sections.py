@@ -104,6 +104,10 @@ class TaskConfig(Section):
     """Share of the records that is held out for evaluation."""
     eval_path: str | None = None
     """A file or hub:... of its own for evaluation, instead of a held-out share."""
+    filter_overlong_prompts: bool = False
+    """Leave out problems whose prompt is longer than rollout.max_prompt_length: they are counted,
+    and no error.
+    """
 
 
 class RewardsConfig(Section):
@@ -143,7 +147,7 @@ class RolloutConfig(Section):
     curriculum_field: str | None = None
     """A field of the problems that says their level, whose pass rate stands for new ones'."""
     max_prompt_length: Positive = 512
-    """Longest prompt in tokens; a longer one is an error."""
+    """Longest prompt in tokens; a longer one is an error, or left out as the task is set to."""
     min_completion_length: Annotated[int, Field(ge=0)] = 0
     """No end before that many tokens."""
     max_completion_length: Positive = 256

@@ -2,6 +2,7 @@
 rewards.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
 from lowmem_grpo.rewards import Reward, is_model, load_rewards
 from lowmem_grpo.rewards.model import ModelReward, ModelSpec, parse_spec
-from lowmem_grpo.rollout.groups import prompt_ids
+from lowmem_grpo.rollout.groups import prompt_ids, prompt_length
 from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
+from lowmem_grpo.tasks.base import held_out
 
 __all__ = [
     "adapter_settings",
@@ -29,6 +31,7 @@ __all__ = [
     "choose",
     "evaluation_settings",
     "learning_rate_of",
+    "left_out",
     "load_models",
     "open_models",
     "open_optimizer",
@@ -138,7 +141,9 @@ def update_settings(config: Config) -> dict[str, Any]:
 
 
 def open_task(config: Config) -> Task:
-    """The task as configured."""
+    """The task as configured, without problems whose prompts are too long where that is set. Raises
+    TaskError; where prompts are looked at, ModelError.
+    """
     task = config.task
     options = TaskOptions(
         system_prompt=task.system_prompt,
@@ -150,7 +155,20 @@ def open_task(config: Config) -> Task:
         eval_path=task.eval_path,
         shuffle=task.shuffle,
     )
-    return load_task(task.name, seed=task.seed, options=options)
+    opened = load_task(task.name, seed=task.seed, options=options)
+    if not task.filter_overlong_prompts:
+        return opened
+    tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
+    longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
+    return opened.leaving_out(lambda each: prompt_length(tokenizer, each, template) <= longest)
+
+
+def left_out(task: Task, config: Config) -> list[str]:
+    """What there is to say of problems that are left out, one line or none."""
+    if not (counts := task.left_out()):
+        return []
+    longest = config.rollout.max_prompt_length
+    return [f"left out for prompts of more than {longest} tokens: {counts} ({task.name})"]
 
 
 def rollout_role(policy: Policy, config: Config):
@@ -189,19 +207,29 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def check_prompts(task: Task, config: Config) -> None:
+def check_prompts(
+    task: Task,
+    config: Config,
+    say: Callable[[str], None] = lambda text: None,
+    training: int | None = None,
+) -> None:
     """Meet every prompt that is longer than allowed before anything is loaded, and not in the
-    middle of the run; of a run of years, the first ones. Raises TaskError and ModelError.
+    middle of the run; of a run of years, the first ones. `training`: so many training problems, and
+    no evaluation; of a whole run when left out. `say` is told what is left out. Raises TaskError,
+    also where nothing is held out to evaluate on, and ModelError.
     """
     tokenizer = load_tokenizer(config.model.name, config.model.chat_template)
     longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
     r, batches = config.rollout, -(-config.run.steps // config.grpo.num_iterations)
     most = batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum
+    most = most if training is None else training
     for index in range(min(most, CHECKED) if r.pool is None else 0):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
-    if config.eval.every:
-        for problem in task.eval_problems(config.eval.num_problems):
+    if config.eval.every and training is None:
+        for problem in held_out(task, config.eval.num_problems):
             prompt_ids(tokenizer, problem, longest, template)
+    for line in left_out(task, config):
+        say(line)
 
 
 def open_rewards(config: Config, task: Task) -> list[Reward]:

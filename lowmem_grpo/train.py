@@ -92,7 +92,7 @@ def train(
     task = open_task(config)
     rewards = open_rewards(config, task)
     pool = open_pool(config)
-    check_prompts(task, config)
+    check_prompts(task, config, console.say)
     check_directory(config.run.output, resume=resume, overwrite=overwrite)
     # Before the directory is touched: a run that does not fit must not replace one that did.
     config, plan, planner = admit(config, machine_card(detect(config.model.device)), console.say)

@@ -1,6 +1,7 @@
 """What is configured reaches what computes."""
 
 import dataclasses
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -69,4 +70,38 @@ def test_prompts_are_checked_under_the_template_as_configured(tiny_model_dir, tm
             ]
         )
         with pytest.raises(TaskError) if refused else nullcontext():
+            check_prompts(open_task(config), config)
+
+
+def test_prompts_that_are_too_long_are_left_out_where_that_is_set(tiny_model_dir, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "q" * (1 + i), "answer": "1"} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "model": {"name": str(tiny_model_dir)},
+        "rollout": {"max_prompt_length": 40},  # one token a letter, and 4 of the template
+        "run": {"steps": 20},
+        "eval": {"every": 1},
+    }
+    for name in (f"records:{path}", f"records:{path} + arithmetic"):
+        for filtered in (False, True):
+            task = {"name": name, "filter_overlong_prompts": filtered, "eval_fraction": 0.3}
+            config, said = build_config([("test", {**settings, "task": task})]), []
+            refused = pytest.raises(TaskError, match="filter_overlong_prompts")
+            with nullcontext() if filtered else refused:
+                check_prompts(open_task(config), config, said.append)
+        (line,) = said
+        assert line.startswith("left out for prompts of more than 40 tokens: ")
+        assert "training problems and" in line
+
+
+def test_an_evaluation_without_problems_is_refused_before_anything_is_loaded(
+    tiny_model_dir, tmp_path
+):
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"prompt": "q", "answer": "1"}\n' * 3)
+    for every in (0, 1):
+        settings = {"model": {"name": str(tiny_model_dir)}, "eval": {"every": every}}
+        config = build_config([("test", {**settings, "task": {"name": f"records:{path}"}})])
+        with pytest.raises(TaskError, match="holds out no") if every else nullcontext():
             check_prompts(open_task(config), config)

@@ -10,7 +10,7 @@ from lowmem_grpo.rollout.sampling import Sampling, uniforms
 from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.tasks.base import Problem
 
-__all__ = ["end_token_ids", "prompt_ids", "sample_groups"]
+__all__ = ["end_token_ids", "prompt_ids", "prompt_length", "sample_groups"]
 
 
 def prompt_ids(
@@ -26,14 +26,26 @@ def prompt_ids(
     Raises TaskError for a prompt of more than `max_prompt_length` tokens: cutting it would ask
     another question. Raises ModelError for a chat template that fails, or leaves a message out.
     """
-    text = render(tokenizer, list(problem.messages), chat_template_kwargs or {}, problem.id)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = _ids(tokenizer, problem, chat_template_kwargs)
     if len(ids) > max_prompt_length:
         raise TaskError(
             f"the prompt of problem {problem.id} has {len(ids)} tokens, the limit is "
-            f"{max_prompt_length}: use --max-prompt-length {len(ids)} or leave the problem out"
+            f"{max_prompt_length}: use --max-prompt-length {len(ids)}, or leave out every longer "
+            "prompt with --set task.filter_overlong_prompts=true"
         )
     return ids
+
+
+def prompt_length(
+    tokenizer, problem: Problem, chat_template_kwargs: dict[str, Any] | None = None
+) -> int:
+    """How many token ids `prompt_ids` gives, of any number. Raises ModelError as it does."""
+    return len(_ids(tokenizer, problem, chat_template_kwargs))
+
+
+def _ids(tokenizer, problem: Problem, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
+    text = render(tokenizer, list(problem.messages), chat_template_kwargs or {}, problem.id)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def end_token_ids(policy) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from lowmem_grpo.rollout.groups import end_token_ids, prompt_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling, uniforms
 from lowmem_grpo.tasks.answers import last_number
-from lowmem_grpo.tasks.base import Problem, Task
+from lowmem_grpo.tasks.base import Problem, Task, held_out
 
 __all__ = ["Evaluation", "evaluate", "pass_at", "wilson_interval"]
 
@@ -116,9 +116,9 @@ def evaluate(
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
     """Completions of the task's held-out problems, judged by the task; by the policy, or without
-    `adapters` by its base.
+    `adapters` by its base. Raises TaskError where the task has none.
     """
-    problems = task.eval_problems(num_problems)
+    problems = held_out(task, num_problems)
     length = sampling.max_completion_length
     requests = [
         Request(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -105,12 +105,40 @@ class Task(ABC):
         """
         return problem.answer
 
+    def leaving_out(self, stays: Callable[[Problem], bool]) -> Task:
+        """The task with those of its problems alone that `stays` is true of; held-out ones stay
+        held out. Raises `TaskError` where none is left to train on.
+
+        Here for tasks that make problems without end: others are made in the place of some.
+        """
+        from lowmem_grpo.tasks.replacing import Replacing
+
+        return Replacing(self, stays)
+
+    def left_out(self) -> str:
+        """How many problems are left out, of how many; empty where none can be."""
+        return ""
+
     def known_answers(self) -> Iterable[tuple[str, str]]:
         """(where, answer) of the answers that can be looked at before training: all of them, or a
         first example.
         """
         problem = self.train_problem(0)
         yield problem.id, problem.answer
+
+
+def held_out(task: Task, count: int) -> list[Problem]:
+    """The first `count` held-out problems of a task, at least one. Raises `TaskError` where it has
+    none.
+    """
+    problems = task.eval_problems(count)
+    if not problems:
+        raise TaskError(
+            f"{task.name} holds out no problem to evaluate on, as a file does whose prompts are "
+            "all the same or too long: give other ones with --set task.eval_path=FILE, or do "
+            "without (--eval-every 0)"
+        )
+    return problems
 
 
 def chat(question: str, system_prompt: str | None) -> tuple[dict[str, str], ...]:

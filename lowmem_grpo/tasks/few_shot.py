@@ -9,7 +9,7 @@ kept for when a problem is among them: no problem is its own example.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,15 @@ class FewShot(Task):
     def eval_problems(self, count: int) -> list[Problem]:
         """See `Task`."""
         return [self._with_examples(problem) for problem in self._task.eval_problems(count)]
+
+    def leaving_out(self, stays: Callable[[Problem], bool]) -> Task:
+        """See `Task`: this one. Examples are part of what is looked at, and are never left out."""
+        self._task = self._task.leaving_out(lambda problem: stays(self._with_examples(problem)))
+        return self
+
+    def left_out(self) -> str:
+        """See the task's own."""
+        return self._task.left_out()
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """See the task's own."""

@@ -49,14 +49,6 @@ class Gsm8k(Records):
         self.name = "gsm8k"
         self.default_rewards = ("number",)
 
-    def train_problem(self, index: int) -> Problem:
-        """See `Task`."""
-        return _asked(super().train_problem(index))
-
-    def eval_problems(self, count: int) -> list[Problem]:
-        """See `Task`."""
-        return [_asked(problem) for problem in super().eval_problems(count)]
-
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """The last line is "#### " and the number, with nothing after it."""
         line = _LAST_LINE.search(text)
@@ -72,9 +64,8 @@ class Gsm8k(Records):
         """The worked solution without its notes for a calculator."""
         return _CALCULATION.sub("", problem.answer)
 
-
-def _asked(problem: Problem) -> Problem:
-    (*before, question), _ = split_prefilled(problem.messages)
-    asked = {**question, "content": f"{question['content']}\n{_REQUEST}"}
-    rest = problem.messages[len(before) + 1 :]
-    return replace(problem, messages=(*before, asked, *rest))
+    def _asked(self, problem: Problem) -> Problem:
+        (*before, question), _ = split_prefilled(problem.messages)
+        asked = {**question, "content": f"{question['content']}\n{_REQUEST}"}
+        rest = problem.messages[len(before) + 1 :]
+        return replace(problem, messages=(*before, asked, *rest))

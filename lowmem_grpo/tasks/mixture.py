@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -97,6 +97,16 @@ class Mixture(Task):
             if len(problems) >= count or exhausted:
                 return problems[:count]
             turns *= 2
+
+    def leaving_out(self, stays: Callable[[Problem], bool]) -> Task:
+        """See `Task`. Of each task by itself, so that their weights stay what they are."""
+        parts = [task.leaving_out(stays) for task in self._tasks]
+        return Mixture(list(zip(self._weights, parts, strict=True)))
+
+    def left_out(self) -> str:
+        """See `Task`: of each task."""
+        each = [(task.name, task.left_out()) for task in self._tasks]
+        return ", ".join(f"{name}: {text}" for name, text in each if text)
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """As its own task says."""

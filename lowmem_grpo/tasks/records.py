@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -57,6 +57,7 @@ class Records(Task):
         self.name = f"records:{path}"
         self._seed = seed
         self._shuffle = options.shuffle
+        self._left_out = ""
         source = _Source(path, options)
         if options.eval_path:
             self._eval_source = _Source(options.eval_path, options)
@@ -87,13 +88,42 @@ class Records(Task):
         if self._shuffle:
             key = stable_hash("epoch", self._seed, epoch)
             position = permuted(position, self.num_train, key)
-        return self._source.problem(self._train_rows[position])
+        return self._asked(self._source.problem(self._train_rows[position]))
 
     def eval_problems(self, count: int) -> list[Problem]:
         """See `Task`. In an order of its own, which mixes the file."""
         rows = self._eval_rows
         order = (permuted(i, len(rows), stable_hash("eval")) for i in range(min(count, len(rows))))
-        return [self._eval_source.problem(rows[place]) for place in order]
+        return [self._asked(self._eval_source.problem(rows[place])) for place in order]
+
+    def leaving_out(self, stays: Callable[[Problem], bool]) -> Records:
+        """See `Task`: this one. Every row is looked at."""
+
+        def left(source: _Source, rows: array) -> array:
+            return array("Q", (i for i in rows if stays(self._asked(source.problem(i)))))
+
+        self._train_rows = left(self._source, self._train_rows)
+        self._eval_rows = left(self._eval_source, self._eval_rows)
+        train, held = len(self._train_rows), len(self._eval_rows)
+        self._left_out = (
+            f"{self.num_train - train} of {self.num_train} training problems and "
+            f"{self.num_eval - held} of {self.num_eval} held-out ones"
+        )
+        if not train:
+            raise TaskError(
+                f"{self.name}: none of its {self.num_train} training problems has a prompt that is "
+                "short enough: use a larger --max-prompt-length"
+            )
+        self.num_train, self.num_eval = train, held
+        return self
+
+    def left_out(self) -> str:
+        """See `Task`."""
+        return self._left_out
+
+    def _asked(self, problem: Problem) -> Problem:
+        """A row's problem as it is asked."""
+        return problem
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """The completion is the answer and nothing more; a full stop may follow. Where the
