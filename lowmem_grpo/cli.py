@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lowmem_grpo import __version__
+from lowmem_grpo.cli_export import export
 from lowmem_grpo.cli_machine import doctor, model, profiles
 from lowmem_grpo.cli_memory import memory, plan
 from lowmem_grpo.cli_options import (
@@ -29,9 +30,6 @@ from lowmem_grpo.cli_options import (
 from lowmem_grpo.cli_rollouts import rollouts
 
 __all__ = ["main"]
-
-CARD = "README.md"
-COMPARED = 8  # prompts on which a merged model is compared with its policy
 
 
 class _Group(click.Group):
@@ -67,7 +65,7 @@ def main(debug: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for command in (doctor, memory, model, plan, profiles, rollouts):
+for command in (doctor, export, memory, model, plan, profiles, rollouts):
     main.add_command(command)
 
 
@@ -261,60 +259,3 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
         click.echo(f"> {question(problem.messages)}")
     for rollout in group.rollouts:
         click.echo(rollout.text)
-
-
-@main.command()
-@click.argument("run", metavar="RUN")
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["adapter", "merged"]),
-    default="adapter",
-    show_default=True,
-)
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="A new or empty directory."
-)
-@BEST
-@QUIET
-def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
-    """Take a trained adapter out of a run, in PEFT's format or merged into a 16-bit model."""
-    from lowmem_grpo.run.card import model_card
-    from lowmem_grpo.run.console import Console
-    from lowmem_grpo.run.export import (
-        adapter_directory,
-        check_output,
-        export_adapter,
-        exported_step,
-        exported_to,
-    )
-
-    source, console = Path(run), Console(quiet=quiet)
-    adapter = adapter_directory(source, best, console.warn)
-    config = read_config(str(source / "config.toml"), None, (), {})
-    step = exported_step(adapter)
-    if kind == "adapter":
-        with exported_to(output) as partial:
-            export_adapter(adapter, partial)
-            (partial / CARD).write_text(model_card(source, config, "LoRA adapter", step))
-        click.echo(f"{output}: adapter from {adapter}")
-        return
-    from lowmem_grpo.rollout.groups import prompt_ids
-    from lowmem_grpo.run.merge import compare, merge
-    from lowmem_grpo.setup import open_policy, open_task
-
-    check_output(output)
-    # The head as it is in the files, and the embedding where it can be written from.
-    whole = config.settled({"model.lm_head_bits": 16, "memory.embedding_on_host": False}, "export")
-    policy = open_policy(whole, console.say, adapter=adapter)
-    with exported_to(output) as partial:
-        dtype = merge(policy, partial)
-        (partial / CARD).write_text(model_card(source, config, "merged 16-bit model", step))
-    click.echo(f"{output}: merged from {adapter}, {str(dtype).removeprefix('torch.')}")
-    longest, template = config.rollout.max_prompt_length, config.model.chat_template_kwargs
-    task = open_task(config)
-    problems = task.eval_problems(COMPARED) or [task.train_problem(i) for i in range(COMPARED)]
-    prompts = [prompt_ids(policy.tokenizer, each, longest, template) for each in problems]
-    if config.model.lm_head_bits == 8:
-        policy.round_head()  # what was trained
-    click.echo(compare(policy, output, dtype, prompts).line())

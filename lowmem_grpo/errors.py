@@ -59,6 +59,12 @@ class DamageError(UserError):
     exit_code = 1
 
 
+class ExportError(UserError):
+    """What would be exported is not the policy."""
+
+    exit_code = 1
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the candidate closest to `word`, or `""` when none is close."""
     matches = difflib.get_close_matches(word, list(candidates), n=1)

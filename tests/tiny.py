@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -96,6 +97,19 @@ def _write(kind, directory: Path, architecture: str, seed: int, overrides: dict)
             # say.
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return Path(directory)
+
+
+def make_4_bit_directory(plain: Path, directory: Path, skip: list[str]) -> Path:
+    """Write the model of `plain` in bitsandbytes' 4 bits, as uploads are, but for the modules named
+    in `skip`; returns its directory.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip
+    )
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return Path(directory)

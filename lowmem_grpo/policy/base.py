@@ -287,20 +287,21 @@ class Policy:
 
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Every trainable parameter by name: A and B of each adapted layer, float32."""
+        # Those of an embedding are no layers: their names end with the adapter's.
         return {
             n: p
             for n, p in self.model.named_parameters()
-            if f".{ADAPTER}.weight" in n and "lora_" in n
+            if "lora_" in n and f".{ADAPTER}." in f"{n}."
         }
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Copies of the adapters under PEFT's file names, as contiguous CPU tensors."""
-        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
+        state = self._named_adapters()
         return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
 
     def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put saved adapters in place. Raises ModelError where they do not fit this model."""
-        own = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
+        own = self._named_adapters()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
             raise ModelError(
@@ -311,6 +312,12 @@ class Policy:
                 shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
                 raise ModelError(f"the adapter does not fit this model: {name} is {shapes}")
         set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+
+    def _named_adapters(self) -> dict[str, torch.Tensor]:
+        # Without the embedding that an adapter is on, which PEFT would write beside it.
+        return get_peft_model_state_dict(
+            self.model, adapter_name=ADAPTER, save_embedding_layers=False
+        )
 
     def save_adapter_config(self, directory: Path, base_name: str) -> None:
         """Write PEFT's `adapter_config.json`, naming `base_name` as the base model."""

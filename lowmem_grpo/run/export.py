@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lowmem_grpo.checksum import read_sealed
-from lowmem_grpo.errors import ConfigError, DamageError, StorageError
+from lowmem_grpo.errors import ConfigError, DamageError, ExportError, StorageError
 from lowmem_grpo.run.best import BEST, FILE, read_best
 from lowmem_grpo.run.checkpoint import SEALS, newest_sound, read_state
 from lowmem_grpo.run.directory import PARTIAL, replace_directory, sync_file
@@ -71,7 +71,8 @@ def check_output(output: Path) -> None:
 @contextlib.contextmanager
 def exported_to(output: Path) -> Iterator[Path]:
     """A directory to write to, which comes to be at `output` when it is complete, and not before.
-    Raises ConfigError as `check_output` does, StorageError for what cannot be written.
+    Raises ConfigError as `check_output` does, StorageError for what cannot be written, ExportError
+    where the block finds that it is not the policy.
     """
     check_output(output)
     output = output.absolute()
@@ -85,6 +86,8 @@ def exported_to(output: Path) -> Iterator[Path]:
             if path.is_file():
                 sync_file(path)
         replace_directory(partial, output)
+    except ExportError as error:
+        raise ExportError(f"not exported to {output}: {error}") from error
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {output}: {error}") from error
     finally:

@@ -1,25 +1,36 @@
 """Merged models, as plain transformers loads them, beside the policy; and model cards."""
 
+import copy
 import errno
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem_grpo.run.card
+import lowmem_grpo.run.merge
 from lowmem_grpo.config import build_config
-from lowmem_grpo.policy.base import AdapterSettings
-from lowmem_grpo.policy.load import load_policy
+from lowmem_grpo.errors import ExportError
+from lowmem_grpo.policy.lora import ADAPTER
+from lowmem_grpo.run import compare as comparing
 from lowmem_grpo.run import merge as module
 from lowmem_grpo.run.card import model_card
-from lowmem_grpo.run.merge import compare, merge
+from lowmem_grpo.run.compare import (
+    check_plain,
+    check_probed,
+    compare,
+    plain_logits,
+    probe_policy,
+    read_plain,
+)
+from lowmem_grpo.run.merge import merge
+from tests.families import FAMILIES, make_family
 from tests.grpo.policies import move_adapters, open_policy
 from tests.runs import call, train
-from tests.tiny import make_tiny_model
-
-PROMPTS = [[5, 9, 77, 3], [8, 33, 90, 14, 61, 20, 7]]
+from tests.tiny import make_4_bit_directory, make_tiny_model
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
@@ -29,15 +40,26 @@ def policy(request, tmp_path):
     return open_policy(directory)
 
 
+def exported(policy, output, dtype=torch.float32, **how):
+    """A merged model that has been found to be the policy, and how far it is away."""
+    assert merge(policy, output, dtype, **how) == dtype
+    said = check_plain(policy, output, dtype, **how)
+    return compare(probe_policy(policy, reference=not how.get("adapters", True)), said)
+
+
 def test_a_merged_model_is_the_policy(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 3)
-    assert merge(policy, tmp_path / "out", torch.float32) == torch.float32
-    found = compare(policy, tmp_path / "out", torch.float32, PROMPTS)
-    assert (found.tokens, found.agreement) == (11, 1.0)
+    monkeypatch.setattr(comparing, "ROWS", 3)
+    found = exported(policy, tmp_path / "out")
+    assert (found.tokens, found.agreement) == (192, 1.0)
     assert abs(found.kl) < 1e-9
+    assert found.apart < 1e-5
     # And not its base, nor one whose adapters have moved on.
+    probed = probe_policy(policy, reference=True)
+    apart = compare(probed, plain_logits(read_plain(tmp_path / "out"), probed.texts))
+    assert apart.kl > 1e-3
     move_adapters(policy, 0.1, seed=8)
-    assert compare(policy, tmp_path / "out", torch.float32, PROMPTS).kl > 1e-3
+    with pytest.raises(ExportError, match=r"14 of the .* tensors .* are not the policy's"):
+        check_plain(policy, tmp_path / "out", torch.float32)
 
 
 def test_files_are_those_of_a_plain_model_in_sixteen_bits(policy, tmp_path):
@@ -48,7 +70,8 @@ def test_files_are_those_of_a_plain_model_in_sixteen_bits(policy, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    assert compare(policy, tmp_path / "out", torch.bfloat16, PROMPTS).kl < 1e-2
+    said = check_plain(policy, tmp_path / "out", torch.bfloat16)
+    assert compare(probe_policy(policy), said).kl < 1e-2
 
 
 def test_large_models_are_cut_into_files(policy, tmp_path, monkeypatch):
@@ -64,14 +87,88 @@ def test_large_models_are_cut_into_files(policy, tmp_path, monkeypatch):
 
 
 def test_layers_without_an_adapter_are_the_base_s(tmp_path):
-    directory = make_tiny_model(tmp_path / "tiny")
-    policy = load_policy(
-        str(directory), device="cpu", dtype=torch.float32, attention="sdpa", seed=0, tile_tokens=7,
-        tile_vocab=19, adapters=AdapterSettings(r=4, lora_alpha=8, target_modules=("v_proj",)),
-    )  # fmt: skip
-    move_adapters(policy, 0.1)
-    merge(policy, tmp_path / "out", torch.float32)
-    assert abs(compare(policy, tmp_path / "out", torch.float32, PROMPTS).kl) < 1e-9
+    policy = open_policy(make_tiny_model(tmp_path / "tiny"), target_modules=("v_proj",))
+    assert abs(exported(policy, tmp_path / "out").kl) < 1e-9
+
+
+def test_the_base_is_exported_without_adapters(tmp_path):
+    policy = open_policy(make_tiny_model(tmp_path / "tiny"))
+    assert abs(exported(policy, tmp_path / "out", adapters=False).kl) < 1e-9
+
+
+WRAPPED = {
+    # In 4 bits but for these, as "dynamic" uploads are: linear layers in 16 bits, with a bias too.
+    "llama": (["lm_head", "model.layers.0.mlp", "model.layers.1.self_attn.q_proj"], "all-linear"),
+    # Conv1D, whose weight lies the other way round, in 4 bits and in 16.
+    "gpt2": (["lm_head", "transformer.h.0.attn.c_attn"], "all-linear"),
+    # Experts and their router: parameters of three and two dimensions, and a buffer beside them.
+    "glm4_moe": (["lm_head"], "all-linear"),
+    # An embedding with an adapter, which is the head as well and has none there.
+    "gemma3_text": (["lm_head"], ("embed_tokens", "q_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_whatever_has_an_adapter_is_merged(family, tmp_path):
+    skip, targets = WRAPPED[family]
+    make_4_bit_directory(make_family(tmp_path / "plain", family), tmp_path / "base", skip)
+    policy = open_policy(tmp_path / "base", target_modules=targets)
+    found = exported(policy, tmp_path / "out")
+    assert (found.agreement, abs(found.kl) < 1e-9) == (1.0, True)
+    # In the names of the model's own files, which other programs read too.
+    one, other = (
+        set(safe_open(tmp_path / name / "model.safetensors", "pt").keys())
+        for name in ("plain", "out")
+    )
+    assert other - one == ({"lm_head.weight"} if family == "gemma3_text" else set())
+    assert one <= other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_merged(family, dtype, tmp_path):
+    policy = open_policy(make_family(tmp_path / "base", family), dtype=dtype)
+    found = exported(policy, tmp_path / "out", dtype)
+    assert found.agreement > (0.9999 if dtype == torch.float32 else 0.85)
+
+
+def test_an_adapter_that_is_nowhere_in_the_file_is_named(tmp_path):
+    policy = open_policy(make_tiny_model(tmp_path / "tiny"))
+    odd = torch.nn.ParameterDict({ADAPTER: torch.nn.Parameter(torch.zeros(2))})
+    policy.causal_lm.model.lora_odd = odd
+    with pytest.raises(ExportError, match="1 of the 29 tensors of the adapters are on no tensor"):
+        merge(policy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_further_away_than_rounding_is_refused(tmp_path):
+    policy = open_policy(make_tiny_model(tmp_path / "tiny"), dtype=torch.bfloat16)
+    merge(policy, tmp_path / "out")
+    model, probed = read_plain(tmp_path / "out"), probe_policy(policy)
+    check_probed(probed, copy.deepcopy(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.mul_(1.5)  # as of a rotary embedding or a scale that is read otherwise
+    with pytest.raises(ExportError, match=r"nat from the policy's in the mean, and rounding expl"):
+        check_probed(probed, model)
+
+
+def test_what_is_not_the_policy_does_not_stay(tiny_model_dir, tmp_path, monkeypatch):
+    train(tiny_model_dir, tmp_path / "run", "--steps", "1")
+    written = lowmem_grpo.run.merge._of_files  # loses a tensor, as a rule of names might
+
+    def less(plain):
+        return (x for x in written(plain) if x[0] != "model.layers.1.self_attn.v_proj.weight")
+
+    command = ["export", tmp_path / "run", "--format", "merged", "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(lowmem_grpo.run.merge, "_of_files", less)
+        failed = call(*command)
+    assert failed.exit_code == 1
+    assert f"not exported to {tmp_path}/out: plain transformers finds 1 missing" in failed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_is_exported_as_one_model_with_a_card(tiny_model_dir, tmp_path):
