@@ -62,10 +62,18 @@ class ModelConfig(Section):
 class LoraSection(Section):
     r: Positive = 16
     """Rank."""
-    lora_alpha: Positive = 32
+    lora_alpha: Annotated[int | float, Field(gt=0)] = 32
     """The adapter's product is scaled by lora_alpha / r."""
+    use_rslora: bool = False
+    """Scale by lora_alpha over the square root of r instead (rank-stabilised LoRA)."""
     target_modules: str | list[str] = "all-linear"
-    """all-linear, or the names of the linear layers to adapt."""
+    """all-linear, the names of the layers to adapt, or a pattern that their whole names match."""
+    target_parameters: list[str] = []
+    """Names of parameters to adapt that are no layer's weight, like mlp.experts.gate_up_proj."""
+    rank_pattern: dict[str, Positive] = {}
+    """Another r for the layers that a key matches, like {q_proj = 8}."""
+    alpha_pattern: dict[str, Annotated[int | float, Field(gt=0)]] = {}
+    """Another lora_alpha for the layers that a key matches."""
     init_lora_weights: Literal["default", "gaussian"] = "default"
     """How A starts (B is zero): Kaiming uniform or Gaussian."""
 

@@ -84,6 +84,8 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
         lm_head_bits=config.model.lm_head_bits,
         lm_head_kernels=config.model.lm_head_kernels,
     )
+    for line in policy.said:
+        say(line)
     if adapter is not None:
         policy.load_adapter_state(read_adapter(adapter))
         say(f"adapter {adapter}")
@@ -99,6 +101,10 @@ def adapter_settings(config: Config) -> AdapterSettings:
         lora_alpha=lora.lora_alpha,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         init_lora_weights=True if init == "default" else init,
+        target_parameters=tuple(lora.target_parameters),
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        use_rslora=lora.use_rslora,
     )
 
 

@@ -28,8 +28,9 @@ from lowmem_grpo.memory.reward_phase import longest_batches
 from lowmem_grpo.memory.shapes import Shapes, completions, longest, pieces, tokens
 from lowmem_grpo.memory.simulate import Usage, add_up, simulate
 from lowmem_grpo.memory.timeline import timeline
+from lowmem_grpo.policy.adapters import adapts_embedding
 from lowmem_grpo.policy.skeleton import read_model_config
-from lowmem_grpo.setup import choose, reward_models
+from lowmem_grpo.setup import adapter_settings, choose, reward_models
 
 __all__ = ["MemoryPlan", "PhasePlan", "Planner"]
 
@@ -145,6 +146,10 @@ class Planner:
         self.card, self.profile = card, profile
         self.model_config = read_model_config(config.model.name)
         head_dim = getattr(self.model_config, "head_dim", None)
+        tied = self.model_config.tie_word_embeddings
+        self.can_move_embedding = card.cuda and not (
+            tied or adapts_embedding(self.model_config, adapter_settings(config))
+        )
         if card.cuda:
             self.dtype, self.attention = card_choices(config, card, head_dim)
         else:

@@ -198,7 +198,7 @@ class Search:
         return self.planner.card.cuda and value_of(self.config, "memory.gradient_checkpointing")
 
     def _can_move_embedding(self) -> bool:
-        return self.planner.card.cuda and not self.planner.model_config.tie_word_embeddings
+        return self.planner.can_move_embedding
 
     def _embedding_may_help(self) -> bool:
         key = "memory.embedding_on_host"

@@ -25,11 +25,9 @@ over those rows alone whose next token counts.
 
 import contextlib
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lowmem_grpo.errors import ModelError
@@ -40,29 +38,17 @@ from lowmem_grpo.policy.activations import (
     kept_on_host,
     set_checkpointing,
 )
+from lowmem_grpo.policy.adapters import AdapterSettings, attach_adapters
 from lowmem_grpo.policy.attention import PackedLayout
 from lowmem_grpo.policy.divergence import token_divergence
 from lowmem_grpo.policy.ends import HostTable, RoundedHead, embedding_to_host, round_head
 from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
-from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit, lora_config
+from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit
 from lowmem_grpo.policy.mlp import tile_mlps
-from lowmem_grpo.policy.norm import replace_norms
 from lowmem_grpo.policy.sampling_layers import last_hidden, sampling_layers
 from lowmem_grpo.policy.shared_input import SharedInput, few, find
 
 __all__ = ["AdapterSettings", "Policy", "attach_adapters"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """LoRA's rank, alpha, the linear layers it goes on ("all-linear" or a list of names), and A's
-    initialisation.
-    """
-
-    r: int
-    lora_alpha: int
-    target_modules: str | tuple[str, ...] = "all-linear"
-    init_lora_weights: bool | str = True
 
 
 class Policy:
@@ -82,6 +68,7 @@ class Policy:
         self.buffers = HostBuffers()
         self.cache_bits = 16
         self.head_kernels = None
+        self.said: list[str] = []  # choices that were made while loading, a line each
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
         self._keeping: list[LoraLinear4bit] = []  # layers with a copy of their adapter
@@ -325,36 +312,7 @@ class Policy:
         config.base_model_name_or_path = base_name
         config.inference_mode = True
         # A set, whose order is another in each process, unless it is a pattern.
-        if not isinstance(config.target_modules, str):
-            config.target_modules = sorted(config.target_modules)
+        for name in ("target_modules", "target_parameters"):
+            if isinstance(names := getattr(config, name), (set, list)):
+                setattr(config, name, sorted(names))
         config.save_pretrained(str(directory))
-
-
-def attach_adapters(causal_lm, settings: AdapterSettings, seed: int):
-    """Wrap a frozen 4-bit causal LM with LoRA adapters: float32, A drawn from `seed`, B zero. Its
-    norms are replaced by ours. Returns the PeftModel.
-    """
-    replace_norms(causal_lm.requires_grad_(False))
-    targets = settings.target_modules
-    config = lora_config(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        init_lora_weights=settings.init_lora_weights,
-    )
-    # PEFT draws from the global stream; it is put back as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model = get_peft_model(causal_lm, config, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise ModelError(
-                f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}"
-            ) from error
-    if any("lora_" in name for name, _ in causal_lm.get_output_embeddings().named_parameters()):
-        # The head is read by tiles of its weight, in every role: adapters on it would do nothing.
-        raise ModelError(
-            f"lora.target_modules = {targets!r}: adapters on the output head are not supported, "
-            "which every role shares: leave it out"
-        )
-    return model

@@ -17,6 +17,7 @@ Shapes: V vocabulary, D hidden size, v rows of a tile.
 """
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lowmem_grpo.errors import ModelError
 
@@ -82,7 +83,8 @@ def tied(causal_lm) -> bool:
 
 
 def embedding_to_host(causal_lm, table: type = HostTable) -> None:
-    """Move the input embedding of a frozen model to the host. Raises ModelError where it is tied.
+    """Move the input embedding of a frozen model to the host. Raises ModelError where it is tied,
+    or has an adapter.
 
     `table`: what holds it there, made from the weight.
     """
@@ -92,6 +94,12 @@ def embedding_to_host(causal_lm, table: type = HostTable) -> None:
             "the card needs; use memory.embedding_on_host = false"
         )
     embedding = causal_lm.get_input_embeddings()
+    if isinstance(embedding, BaseTunerLayer):
+        raise ModelError(
+            "memory.embedding_on_host = true: the embedding has an adapter, which is trained on "
+            "the card: use memory.embedding_on_host = false, or leave the embedding out of "
+            "lora.target_modules"
+        )
     causal_lm.set_input_embeddings(HostEmbedding(table(embedding.weight)))
 
 

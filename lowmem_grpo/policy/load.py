@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lowmem_grpo.errors import ModelError
+from lowmem_grpo.policy.adapters import describe_adapters
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.files import (
@@ -98,6 +99,7 @@ def load_policy(
         peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
     )
     policy.cache_bits, policy.head_kernels = cache_bits, head_kernels
+    policy.said += describe_adapters(peft_model, adapters)
     if embedding_on_host:
         policy.embedding_to_host()
     share_inputs(policy, name)

@@ -14,6 +14,7 @@ own. Saving and loading stay PEFT's: parameter names are those of its own layers
 once.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
@@ -81,18 +82,19 @@ class LoraLinear4bit(torch.nn.Module, LoraLayer):
         self.lora_reference_B.copy_(b.detach())
 
 
-def lora_config(
-    *, r: int, lora_alpha: int, target_modules: str | list[str], init_lora_weights
-) -> LoraConfig:
-    """PEFT's configuration with our layer registered for 4-bit linear layers."""
+def lora_config(*, target_modules, target_parameters=(), **settings: Any) -> LoraConfig:
+    """PEFT's configuration with our layer registered for 4-bit linear layers. `settings`: others of
+    `LoraConfig`.
+    """
+    names = target_modules if isinstance(target_modules, str) else list(target_modules)
+    plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
     config = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
+        target_modules=names,
+        target_parameters=list(target_parameters) or None,
         lora_dropout=0.0,
-        target_modules=target_modules,
-        init_lora_weights=init_lora_weights,
         bias="none",
         task_type="CAUSAL_LM",
+        **plain,
     )
     config._register_custom_module({bnb.nn.Linear4bit: LoraLinear4bit})
     return config

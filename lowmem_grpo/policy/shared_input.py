@@ -43,7 +43,7 @@ class SharedInput:
         self._ready = _Ready(self)
         layers[0].add_module("together", self._ready)
         self.sizes = [layer.base_layer.out_features for layer in layers]
-        self.scaling = layers[0].scaling[ADAPTER]
+        self.scaling = [layer.scaling[ADAPTER] for layer in layers]
         self.inference = None  # of all bases together, where there is a kernel for it
         self._asked = False
         self._x = None
@@ -75,11 +75,12 @@ class SharedInput:
             return list(self.joined(x_MK).split(self.sizes, 1))
         inner_Mr = torch.mm(x_MK, self._a_rK.t())
         found = []
-        for layer, b, inner in zip(
-            self.layers, self._b, inner_Mr.split([b.shape[0] for b in self._b], 1), strict=True
+        inners = inner_Mr.split([b.shape[0] for b in self._b], 1)
+        for layer, b, inner, scaling in zip(
+            self.layers, self._b, inners, self.scaling, strict=True
         ):
             y = _base_product(layer.base_layer, x_MK)
-            found.append(y.addmm_(inner, b, alpha=self.scaling))
+            found.append(y.addmm_(inner, b, alpha=scaling))
         return found
 
     def joined(self, x_MK: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ class SharedInput:
             return found[0] if len(found) == 1 else torch.cat(found, 1)
         inner_Mr = torch.mm(x_MK, self._a_rK.t())
         y_MN = _base_product(self.inference, x_MK)
-        return y_MN.addmm_(inner_Mr, self._b[0], alpha=self.scaling)
+        return y_MN.addmm_(inner_Mr, self._b[0], alpha=self.scaling[0])
 
     def forget(self) -> None:
         """The adapters may change from here on."""
@@ -114,6 +115,11 @@ class SharedInput:
                 self.inference(x_MK[:1])  # puts the weight into the kernel's order
         self._a_rK = torch.cat([layer.lora_A[ADAPTER].weight.to(dtype) for layer in self.layers])
         outer = [layer.lora_B[ADAPTER].weight.to(dtype).t() for layer in self.layers]
+        if self.inference is not None:  # one product has one factor
+            outer = [
+                b if scaling == self.scaling[0] else b * (scaling / self.scaling[0])
+                for b, scaling in zip(outer, self.scaling, strict=True)
+            ]
         self._b = [_diagonal(outer)] if self.inference is not None else outer
 
 

@@ -19,7 +19,10 @@ _FREE_KEYS = {
     "rewards": ("network", "writable", "memory_gib", "timeout"),
 }
 # What the saved tensors are, which no word of anybody changes.
-_FIXED = ("model.compute_dtype", "lora.r", "lora.target_modules", "optimizer.optim")
+_FIXED = (
+    *("model.compute_dtype", "optimizer.optim", "lora.r", "lora.rank_pattern"),
+    *("lora.target_modules", "lora.target_parameters"),
+)
 
 
 def changed_mathematics(
