@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lowmem_grpo import __version__
+from lowmem_grpo.allocator_options import read_options
 from lowmem_grpo.cli_export import export
 from lowmem_grpo.cli_machine import doctor, model, profiles
 from lowmem_grpo.cli_memory import memory, plan
@@ -154,6 +155,7 @@ def train(
 @QUIET
 def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **flags) -> None:
     """pass@1 on held-out problems, strict and lenient; of several completions pass@k and maj@k."""
+    read_options()  # before torch
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.card import machine_card
     from lowmem_grpo.memory.plan import Planner
@@ -162,13 +164,7 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
     from lowmem_grpo.retry import Fitting
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.evaluate import evaluate as run_evaluation
-    from lowmem_grpo.setup import (
-        evaluation_settings,
-        left_out,
-        open_policy,
-        open_task,
-        texts_of,
-    )
+    from lowmem_grpo.setup import evaluation_settings, left_out, open_policy, open_task
     from lowmem_grpo.tasks.base import held_out
 
     console = Console(quiet=quiet or as_json)
@@ -186,7 +182,6 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
         for attempt in fitting.attempts("evaluation", evaluated(config)):
             with attempt as fits, console.progress("evaluation", None) as advance:
                 how = {"adapters": adapters, "advance": advance}
-                how["texts"] = texts_of(config, policy.tokenizer)
                 result = run_evaluation(policy, task, **evaluation_settings(fits), **how)
         results.append(result)
     before, found = (None, *results)[-2:]
@@ -227,13 +222,14 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
 @QUIET
 def sample(target, prompt, count, profile, assignments, best, quiet, **flags) -> None:
     """Look at completions of PROMPT, or of a held-out problem."""
+    read_options()  # before torch
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.card import machine_card
     from lowmem_grpo.memory.plan import Planner
     from lowmem_grpo.memory.settle import settle_sampling
     from lowmem_grpo.rollout.groups import sample_groups
     from lowmem_grpo.run.console import Console
-    from lowmem_grpo.setup import open_policy, open_task, sampling_of, texts_of
+    from lowmem_grpo.setup import open_policy, open_task, sampling_of
     from lowmem_grpo.tasks.base import Problem, chat, held_out
     from lowmem_grpo.tasks.messages import question
 
@@ -260,7 +256,6 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
             max_prompt_length=r.max_prompt_length,
             batch_size=config.memory.rollout_batch_size,
             chat_template_kwargs=config.model.chat_template_kwargs,
-            texts=texts_of(config, policy.tokenizer),
             advance=advance,
         )
     if not quiet:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from lowmem_grpo.allocator_options import read_options
 from lowmem_grpo.cli_options import BEST, QUIET, read_config
 
 __all__ = ["export"]
@@ -30,6 +31,7 @@ CARD = "README.md"
 @QUIET
 def export(run: str, kind: str, output: Path, best: bool, quiet: bool) -> None:
     """Take a trained adapter out of a run. What is written has been compared with the policy."""
+    read_options()  # before torch
     from lowmem_grpo.run.card import model_card
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.export import (

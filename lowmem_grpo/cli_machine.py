@@ -19,6 +19,9 @@ __all__ = ["doctor", "model", "profiles"]
 @JSON
 def doctor(profile: str, device: str, as_json: bool) -> None:
     """What this machine is, what was chosen for it and why."""
+    from lowmem_grpo.allocator_options import read_options
+
+    read_options()  # before torch, which some mistakes in them abort while it is loaded
     from lowmem_grpo.config import build_config
     from lowmem_grpo.doctor import examine, page
     from lowmem_grpo.hardware import detect

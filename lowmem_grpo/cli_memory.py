@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from lowmem_grpo.allocator_options import read_options
 from lowmem_grpo.cli_options import (
     JSON,
     QUIET,
@@ -82,6 +83,7 @@ def profile(run_file, profile, assignments, steps, snapshot, as_json, quiet, **f
 
     Nothing is trained: adapters are fresh and thrown away.
     """
+    read_options()  # before torch
     from lowmem_grpo.memory.profile import profile as run_profile
     from lowmem_grpo.run.console import Console
 
@@ -117,6 +119,7 @@ def plan(run_file, profile, assignments, solve, as_json, **flags) -> None:
 
     Exits with 3 when it does not fit the card.
     """
+    read_options()  # before torch
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.admit import refusal, solved
     from lowmem_grpo.memory.card import machine_card, plan_card
@@ -145,6 +148,8 @@ def _print_plan(found, config) -> None:
     from rich.console import Console
 
     Console().print(_plan_table(found))
+    if found.card.options.line:
+        click.echo(found.card.options.line)
     for key in config.chosen:
         click.echo(f"{key} = {found.settings[key]} ({config.sources[key]})")
     if found.fits:

@@ -106,6 +106,9 @@ def read_config(
 
     `say` is told which profile was chosen and why.
     """
+    from lowmem_grpo.allocator_options import read_options
+
+    read_options()  # before torch, which some mistakes in them abort while it is loaded
     from lowmem_grpo.config import load_config, parse_assignment, read_toml
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.profiles import choose_profile

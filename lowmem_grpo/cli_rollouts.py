@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from lowmem_grpo.allocator_options import read_options
 from lowmem_grpo.cli_options import QUIET, SHAPE, SHARED, options, read_config, setting
 
 __all__ = ["rollouts"]
@@ -23,6 +24,7 @@ __all__ = ["rollouts"]
 @QUIET
 def rollouts(run_file, profile, assignments, count, output, quiet, **flags) -> None:
     """Sample groups from the base, score their tokens with it, and keep them: `train --pool`."""
+    read_options()  # before torch
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.admit import admit
     from lowmem_grpo.memory.card import machine_card

@@ -32,6 +32,8 @@ def admit(
     if not plan.fits:
         raise PlanError(refusal(planner, config, plan))
     say(plan.verdict())
+    if card.options.line:
+        say(card.options.line)
     for key in settled.chosen:
         say(f"{key} = {plan.settings[key]} ({settled.sources[key]})")
     planner.forget()

@@ -97,8 +97,8 @@ class AllocatorSettings:
     """Grow one address range page by page instead of taking separate segments."""
     max_split_size: int | None = None
     """Blocks of this size or more are never split; None: all may be. Whole MiB."""
-    max_non_split_rounding_size: int = 20 * MIB
-    """How much longer than an unsplittable request its block may be."""
+    max_non_split_rounding_size: int | None = None
+    """How much longer than an unsplittable request its block may be; None: `large_segment_size`."""
     roundup_power2_divisions: int | tuple[int, ...] = 0
     """Steps between powers of two: one number, or 16 for [1M, 2M), [2M, 4M), ...; 0: off."""
     garbage_collection_threshold: float = 0.0
@@ -114,8 +114,7 @@ class AllocatorSettings:
             raise ValueError(f"large_segment_size {large}: give whole MiB above 10 MiB")
         if split is not None and (split < large or split % MIB):
             raise ValueError(f"max_split_size {split}: give whole MiB, at least {large}")
-        if self.max_non_split_rounding_size < large:
-            rounding = self.max_non_split_rounding_size
+        if (rounding := self.max_non_split_rounding_size) is not None and rounding < large:
             raise ValueError(f"max_non_split_rounding_size {rounding}: give at least {large}")
         if len(divisions) != NUM_INTERVALS or any(d < 0 or d & (d - 1) for d in divisions):
             given = self.roundup_power2_divisions
@@ -134,6 +133,11 @@ class AllocatorSettings:
         """`roundup_power2_divisions`, one number for each of the 16 intervals."""
         given = self.roundup_power2_divisions
         return given if isinstance(given, tuple) else (given,) * NUM_INTERVALS
+
+    @property
+    def rounding(self) -> int:
+        """`max_non_split_rounding_size`, or its default."""
+        return self.max_non_split_rounding_size or self.large_segment_size
 
     @property
     def limit(self) -> int | None:
@@ -326,7 +330,7 @@ class CachingAllocator:
         """Whether a block of `length` may serve `size` (the second sentence of rule 3)."""
         if size < self._max_split:
             return length < self._max_split
-        return length < size + self.settings.max_non_split_rounding_size
+        return length < size + self.settings.rounding
 
     def _new_segment(self, pool: Pool, size: int, stream: int) -> Block:
         """Rule 4 and the collection of rule 6."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from lowmem_grpo.allocator_options import AllocatorOptions, simulated_options
 from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype
-from lowmem_grpo.memory.allocator import MIB
+from lowmem_grpo.memory.allocator import MIB, AllocatorSettings
 from lowmem_grpo.profiles import Profile
 
 __all__ = [
@@ -21,6 +22,7 @@ CONTEXT_BYTES = (300 * MIB, 600 * MIB)
 # end is an allowance: what malloc keeps of freed memory is not bounded by anything.
 HOST_CONTEXT_BYTES = (400 * MIB, 1200 * MIB)
 MARGIN = 0.02
+DEFAULTS = AllocatorOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class PlanCard:
     host_bytes: int | None = None
     machine: Machine | None = None
     """The machine that has the card, where it is this one."""
+    options: AllocatorOptions = DEFAULTS
+    """How the environment sets torch's allocator; by default not at all."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes <= 0:
@@ -55,18 +59,34 @@ class PlanCard:
 
     @property
     def available_bytes(self) -> int:
-        """For the tensors: without the desktop, and with a context at its largest."""
-        return self.memory_bytes - self.desktop_bytes - self.context_bytes[1]
+        """For the tensors: without the desktop, with a context at its largest, and no more than the
+        allocator may take.
+        """
+        room = self.memory_bytes - self.desktop_bytes - self.context_bytes[1]
+        fraction = self.options.settings().get("process_fraction", 1.0)
+        return min(room, int(fraction * self.memory_bytes))
 
     @property
     def margin_bytes(self) -> int:
         """What the plan's own choices leave free: as much as a prediction may be off by."""
         return int(MARGIN * self.memory_bytes)
 
+    def allocator(self, room: int | None = None) -> AllocatorSettings:
+        """The settings of this process's allocator, which CUDA gives `room` bytes, 1 or more; None:
+        as many as it asks for.
+        """
+        settings = self.options.settings()
+        if room is None:
+            settings.pop("process_fraction", None)
+            return AllocatorSettings(**settings)
+        others = self.memory_bytes - room
+        return AllocatorSettings(card_memory=self.memory_bytes, outside_bytes=others, **settings)
+
 
 def plan_card(profile: Profile, machine: Machine) -> PlanCard:
     """The card of a profile; where it has none (cpu), `machine`'s memory. `machine` also says how
-    much host memory there is, where its device is of the profile's kind.
+    much host memory there is, where its device is of the profile's kind. The allocator is this
+    process's, whichever machine has the card. Raises ConfigError for its options.
     """
     if profile.memory_bytes is None or profile.compute_capability is None:
         return PlanCard(machine.cpu_name, machine.host_memory_bytes, None)
@@ -77,13 +97,17 @@ def plan_card(profile: Profile, machine: Machine) -> PlanCard:
         profile.card.get("desktop_mib", 0) * MIB,
         profile.multiprocessors,
         _host_room(machine) if machine.device_type == "cuda" else None,
+        options=simulated_options(),
     )
 
 
 def machine_card(machine: Machine) -> PlanCard:
-    """The card of this machine, with what others hold of it now; or its host memory."""
+    """The card of this machine, with what others hold of it now; or its host memory. Raises
+    ConfigError for options of the allocator in the environment.
+    """
     if machine.device_type == "cpu":
         return PlanCard(machine.cpu_name, machine.host_memory_bytes, None)
+    options = simulated_options()
     import torch
 
     # Asking starts our own context, at its smallest as yet.
@@ -96,6 +120,7 @@ def machine_card(machine: Machine) -> PlanCard:
         machine.multiprocessors,
         _host_room(machine),
         machine,
+        options,
     )
 
 

@@ -8,8 +8,12 @@ is missing. The rest is split at 512 in both pools; `empty_cache` unmaps the who
 blocks. Mapping turns UNMAPPED blocks into FREE ones and costs reserved bytes; both kinds merge with
 their like neighbours. No garbage is collected.
 
-Source: the behaviour of torch 2.13 read in its source. No recorded trace was at hand to check it
-against, unlike the rest of the allocator.
+Left out: where CUDA places a range. A second one here lies above the first;
+ranges that are made again later may lie anywhere, which decides whose unmapped addresses come
+first and moves what is reserved by a page or two. One range is as it is in torch.
+
+Source: the behaviour of torch 2.13 read in its source, and checked against recordings of it
+(`tests/memory/test_recorded.py`).
 """
 
 from __future__ import annotations

@@ -132,6 +132,8 @@ def plan_summary(plan: Mapping[str, Any]) -> str:
         "at the largest, and without the desktop)",
         "host memory": f"{_size(plan['host_bytes'])}",
     }
+    if plan.get("allocator"):
+        facts["allocator's options"] = escaped(str(plan["allocator"].get("source", "")))
     return verdict + _list(facts)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.memory.allocator import MIB, AllocatorSettings, Event
+from lowmem_grpo.memory.allocator import MIB, Event
 from lowmem_grpo.memory.card import PlanCard, card_choices
 from lowmem_grpo.memory.components import COMPONENTS
 from lowmem_grpo.memory.phases import PHASES, Phases
@@ -89,6 +89,7 @@ class MemoryPlan:
             "model": self.model,
             "profile": self.profile,
             "card": {"name": self.card.name, "memory_bytes": self.card.memory_bytes},
+            "allocator": self.card.options.to_json() if self.card.cuda else None,
             "fits": self.fits,
             "settings": self.settings,
             "reasons": self.reasons,
@@ -108,6 +109,8 @@ class MemoryPlan:
         kind = "reserved" if self.card.cuda else "allocated"
         which = f"{_gib(self.peak_reserved_bytes)} {kind} at the peak, mostly for {peak.name}"
         rest = f"{self.card.name} has {_gib(max(self.card.available_bytes, 0))} for it"
+        if "per_process_memory_fraction" in self.card.options.given:
+            rest += f" under {self.card.options.name}"
         if self.fits:
             return f"Fits: {which}, {rest}, {_gib(self.headroom_bytes)} are left.{self._on_host()}"
         if self.headroom_bytes >= 0:
@@ -213,10 +216,10 @@ class Planner:
             return add_up(events)
         for room in (card.available_bytes - card.margin_bytes, card.available_bytes):
             if room > 0:
-                usage = simulate(events, AllocatorSettings(card_memory=room))
+                usage = simulate(events, card.allocator(room))
                 if usage.oom is None:
                     return usage
-        return simulate(events)
+        return simulate(events, card.allocator())
 
     def _notes(self, shapes: Shapes, config: Config, usage: Usage) -> dict[str, str]:
         """What the numbers rest on, by the name of the number."""

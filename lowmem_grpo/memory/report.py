@@ -82,6 +82,7 @@ class _Plan(_Input):
     model: str
     profile: str | None = None
     card: _Card
+    allocator: dict[str, Any] | None = None
     fits: StrictBool
     settings: dict[str, Any]
     reasons: dict[str, str]

@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.memory.allocator import AllocatorSettings
 from lowmem_grpo.memory.phases import Alone
 from lowmem_grpo.memory.plan import MemoryPlan, Planner, value_of
 from lowmem_grpo.memory.shapes import (
@@ -173,11 +172,11 @@ class Search:
         share = add_up(alone.events).peak_allocated / room
         if card.host_bytes is not None:
             share = max(share, alone.host_bytes / card.host_bytes)
-        if share <= 1 and card.cuda:  # and still the allocator may not find a place for it
-            settings = AllocatorSettings(card_memory=room)
-            if simulate(alone.events, settings).oom is not None:
-                return 1.0 + 1e-6
-        return share
+        if share > 1 or not card.cuda:
+            return share
+        # Its bytes fit, and still the allocator may not find a place for it.
+        refused = simulate(alone.events, card.allocator(room)).oom is not None
+        return 1.0 + 1e-6 if refused else share
 
     def smallest_share(self) -> float:
         """Of the run at its smallest settings."""

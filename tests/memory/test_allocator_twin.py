@@ -135,7 +135,9 @@ class Naive:
         if limit is not None:
             if size < limit <= best[0]:
                 return None
-            if size >= limit and best[0] >= size + self.options.max_non_split_rounding_size:
+            rounding = self.options.max_non_split_rounding_size
+            rounding = self.options.large_segment_size if rounding is None else rounding
+            if size >= limit and best[0] >= size + rounding:
                 return None
         return best[2], best[3]
 

@@ -324,8 +324,8 @@ def test_an_attention_that_pads_is_planned_for_uneven_groups(model):
 def test_json_is_what_interfaces_promise(plan):
     document = json.loads(json.dumps(plan.to_json()))
     assert set(document) == {
-        "model", "profile", "card", "fits", "settings", "reasons", "context_bytes", "phases",
-        "peak_reserved_bytes", "headroom_bytes", "host_bytes", "method", "timeline",
+        "model", "profile", "card", "allocator", "fits", "settings", "reasons", "context_bytes",
+        "phases", "peak_reserved_bytes", "headroom_bytes", "host_bytes", "method", "timeline",
     }  # fmt: skip
     assert document["method"] == "trace"
     assert document["card"] == {"name": "A card", "memory_bytes": 8 * GIB}
