@@ -25,7 +25,7 @@ from lowmem_grpo.rollout.groups import sample_groups
 from lowmem_grpo.rollout.steps import step_ends
 from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import State
-from lowmem_grpo.setup import sampling_of
+from lowmem_grpo.setup import sampling_of, texts_of
 from lowmem_grpo.tasks import Task
 
 __all__ = [
@@ -106,6 +106,7 @@ def roll_out(
             chat_template_kwargs=config.model.chat_template_kwargs,
             batch_size=config.memory.rollout_batch_size,
             adapters=config.grpo.old_policy != "base",
+            texts=texts_of(config, policy.tokenizer),
             advance=advance,
         )
     # All at the end: a run that fails in between is saved with the batch that it had.
@@ -158,8 +159,9 @@ def judge(state: State, rewards: list[Reward], config: Config, tokenizer) -> Non
         }
         group.dropped = [place in dropped for place in places]
         if separator:
+            decoded = texts_of(config, tokenizer)
             group.step_ends = [
-                step_ends(tokenizer, rollout.completion_ids, rollout.text, separator)
+                step_ends(decoded, rollout.completion_ids, rollout.text, separator)
                 for rollout in group.rollouts
             ]
             group.step_rewards = [scores.steps[place] for place in places]

@@ -164,7 +164,13 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
     from lowmem_grpo.retry import Fitting
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.run.evaluate import evaluate as run_evaluation
-    from lowmem_grpo.setup import evaluation_settings, left_out, open_policy, open_task
+    from lowmem_grpo.setup import (
+        evaluation_settings,
+        left_out,
+        open_policy,
+        open_task,
+        texts_of,
+    )
     from lowmem_grpo.tasks.base import held_out
 
     console = Console(quiet=quiet or as_json)
@@ -182,6 +188,7 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
         for attempt in fitting.attempts("evaluation", evaluated(config)):
             with attempt as fits, console.progress("evaluation", None) as advance:
                 how = {"adapters": adapters, "advance": advance}
+                how["texts"] = texts_of(config, policy.tokenizer)
                 result = run_evaluation(policy, task, **evaluation_settings(fits), **how)
         results.append(result)
     before, found = (None, *results)[-2:]
@@ -229,7 +236,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
     from lowmem_grpo.memory.settle import settle_sampling
     from lowmem_grpo.rollout.groups import sample_groups
     from lowmem_grpo.run.console import Console
-    from lowmem_grpo.setup import open_policy, open_task, sampling_of
+    from lowmem_grpo.setup import open_policy, open_task, sampling_of, texts_of
     from lowmem_grpo.tasks.base import Problem, chat, held_out
     from lowmem_grpo.tasks.messages import question
 
@@ -256,6 +263,7 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
             max_prompt_length=r.max_prompt_length,
             batch_size=config.memory.rollout_batch_size,
             chat_template_kwargs=config.model.chat_template_kwargs,
+            texts=texts_of(config, policy.tokenizer),
             advance=advance,
         )
     if not quiet:

@@ -30,7 +30,7 @@ from lowmem_grpo.rollout.types import Group
 from lowmem_grpo.run.checkpoint import group_document, read_group
 from lowmem_grpo.run.directory import naming, write_atomic
 from lowmem_grpo.sections import TaskConfig
-from lowmem_grpo.setup import sampling_of
+from lowmem_grpo.setup import sampling_of, texts_of
 from lowmem_grpo.tasks import Task
 from lowmem_grpo.tasks.base import permuted, stable_hash
 
@@ -45,7 +45,7 @@ _MADE_WITH = {
     "task": tuple(TaskConfig.model_fields),  # what is held out, too
     "rollout": (
         *("num_generations", "min_completion_length", "max_completion_length"),
-        *("temperature", "top_p", "top_k", "min_p"),
+        *("temperature", "top_p", "top_k", "min_p", "skip_special_tokens", "include_prefill"),
     ),
 }
 
@@ -185,6 +185,7 @@ def fill(
                     chat_template_kwargs=config.model.chat_template_kwargs,
                     batch_size=fits.memory.rollout_batch_size,
                     adapters=False,
+                    texts=texts_of(config, policy.tokenizer),
                 )
         policy.release()
         for group in made:

@@ -168,6 +168,12 @@ class RolloutConfig(Section):
     """Sample from the k most likely tokens; must be 0 (off) for training."""
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Drop tokens below that fraction of the likeliest; must be 0 for training."""
+    skip_special_tokens: bool | Auto = "auto"
+    """Special tokens that texts of completions lack: auto, those that end or frame turns (others,
+    like <answer>, stay for rewards to look for); true, all; false, none.
+    """
+    include_prefill: bool = True
+    """Texts of completions begin as the prompt begins the assistant's turn, like with <think>."""
 
 
 class OptimizerConfig(Section):

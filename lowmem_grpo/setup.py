@@ -21,6 +21,7 @@ from lowmem_grpo.rewards import Reward, is_model, load_rewards
 from lowmem_grpo.rewards.model import ModelReward, ModelSpec, parse_spec
 from lowmem_grpo.rollout.groups import prompt_ids, prompt_length
 from lowmem_grpo.rollout.sampling import Sampling
+from lowmem_grpo.rollout.text import Texts
 from lowmem_grpo.run.checkpoint import read_adapter
 from lowmem_grpo.tasks import Task, TaskOptions, load_task
 from lowmem_grpo.tasks.base import held_out
@@ -41,6 +42,7 @@ __all__ = [
     "reward_models",
     "rollout_role",
     "sampling_of",
+    "texts_of",
     "update_settings",
 ]
 
@@ -211,6 +213,12 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
         "chat_template_kwargs": config.model.chat_template_kwargs,
         "batch_size": e.batch_size,
     }
+
+
+def texts_of(config: Config, tokenizer) -> Texts:
+    """How the tokens of completions become text."""
+    r, template = config.rollout, config.model.chat_template_kwargs
+    return Texts(tokenizer, r.skip_special_tokens, r.include_prefill, template)
 
 
 def check_prompts(

@@ -62,6 +62,7 @@ from lowmem_grpo.setup import (
     open_optimizer,
     open_rewards,
     open_task,
+    texts_of,
     update_settings,
 )
 
@@ -104,6 +105,9 @@ def train(
 
         # LOAD
         policy = open_models(config, rewards, console.say)
+        texts = texts_of(config, policy.tokenizer)
+        for line in texts.lines(task.train_problem(0)):
+            console.say(line)
         if config.grpo.moves_reference:
             policy.keep_reference()
         base_name = resolve(config.model.name)
@@ -167,7 +171,8 @@ def train(
                 return
             for attempt in fitting.attempts("evaluation", evaluated(config)):
                 with attempt as fits, console.progress("evaluation", None) as advance:
-                    found = evaluate(policy, task, **evaluation_settings(fits), advance=advance)
+                    how = {"texts": texts, "advance": advance}
+                    found = evaluate(policy, task, **evaluation_settings(fits), **how)
             policy.release()
             metrics.write_evaluation(state.step, found.summary())
             kept = best.offer(state.step, found.summary(), policy, base_name)

@@ -7,6 +7,7 @@ from lowmem_grpo.errors import TaskError
 from lowmem_grpo.rollout.prompts import render
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling, uniforms
+from lowmem_grpo.rollout.text import Texts
 from lowmem_grpo.rollout.types import Group, Rollout
 from lowmem_grpo.tasks.base import Problem
 
@@ -70,11 +71,12 @@ def sample_groups(
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
     adapters: bool = True,
+    texts: Texts | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Group]:
     """Sample `num_generations` completions of each problem from the policy as it is now, or without
     `adapters` from its base. `first_place`: groups that the step has already; each place has random
-    numbers of its own.
+    numbers of its own. `texts`: how tokens become text, as is the default where it is left out.
     """
     prompts = [
         prompt_ids(policy.tokenizer, problem, max_prompt_length, chat_template_kwargs)
@@ -99,15 +101,17 @@ def sample_groups(
             batch_size=batch_size,
             advance=advance,
         )
+    texts = texts or Texts(policy.tokenizer, template=chat_template_kwargs)
     groups = []
     for problem, prompt, drawn in zip(problems, prompts, completions, strict=True):
+        beginning = texts.prefill(problem)
         rollouts = [
             Rollout(
                 completion_ids=c.ids,
                 logprobs=c.logprobs,
                 entropies=c.entropies if sampling.entropies else None,
                 finish_reason="stop" if c.ended else "length",
-                text=policy.tokenizer.decode(c.ids, skip_special_tokens=True),
+                text=beginning + texts.own(c.ids, c.ended),
             )
             for c in drawn
         ]

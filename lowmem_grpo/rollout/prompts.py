@@ -17,7 +17,7 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.tasks.messages import split_prefilled
 from lowmem_grpo.text_files import half_character
 
-__all__ = ["render"]
+__all__ = ["opening", "render"]
 
 WAY_OUT = "give another with --set model.chat_template=FILE"
 COMMON_ROLES = ("system", "user", "assistant")
@@ -25,6 +25,7 @@ Messages = list[dict[str, Any]]
 # Characters of a private use area, which no template looks for.
 _QUESTION, _REPLY = "\ue0a1\ue0a2\ue0a3", "\ue0b1\ue0b2\ue0b3"
 _TAG = re.compile(r"<(\w[\w-]*)>")
+_CLOSED = re.compile(r"<(\w[\w-]*)>\s*</\1>\s*")
 
 
 def render(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str) -> str:
@@ -49,6 +50,21 @@ def render(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str) 
             f"no character: {WAY_OUT}"
         )
     return text
+
+
+def opening(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str) -> str:
+    """The end of that prompt which comes behind the header of the assistant's turn: thoughts that
+    the template opens, a beginning of the assistant's. A block that the template opens and closes
+    itself, as Qwen 3 does where thinking is off, is left out. Raises ModelError as `render` does.
+    """
+    before, beginning = split_prefilled(messages)
+    text, before = _with_all(tokenizer, before, kwargs, problem)
+    header = _header(tokenizer, before, kwargs, text)
+    if header is None:
+        return beginning
+    whole = render(tokenizer, messages, kwargs, problem) if beginning else text
+    found = _CLOSED.sub("", whole[len(header) :] if whole.startswith(header) else "")
+    return found if found.strip() else ""
 
 
 def _with_all(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from lowmem_grpo.rollout.text import Texts
+
 __all__ = ["step_ends", "step_texts"]
 
 
@@ -24,17 +26,21 @@ def step_texts(text: str, separator: str) -> list[str]:
     return steps or [text]
 
 
-def step_ends(tokenizer, ids: Sequence[int], text: str, separator: str) -> list[int]:
-    """For each step of `text`, which the tokens `ids` decode to, how many tokens it takes to get to
-    its end. The last one's is all of them, an end token included.
+def step_ends(texts: Texts, ids: Sequence[int], text: str, separator: str) -> list[int]:
+    """For each step of `text`, how many of the tokens `ids` it takes to get to its end: none where
+    it ends within the beginning that the text has from the prompt. The last one's is all of them,
+    an end token included.
     """
-    ends, length, done = [], 0, 0
+    ends, done = [], 0
+    own = (texts.own(ids, ended) for ended in (False, True))
+    beginning = min((len(text) - len(each) for each in own if text.endswith(each)), default=0)
+    length = -beginning  # of what the tokens themselves say
     for step in step_texts(text, separator)[:-1]:
         length += len(step)
-        low, high = max(done, 1), len(ids)
+        low, high = done, len(ids)
         while low < high:  # text grows with tokens
             middle = (low + high) // 2
-            if len(tokenizer.decode(ids[:middle], skip_special_tokens=True)) >= length:
+            if len(texts.own(ids[:middle])) >= length:
                 high = middle
             else:
                 low = middle + 1

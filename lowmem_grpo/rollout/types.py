@@ -17,8 +17,8 @@ class Rollout:
     """One completion. `logprobs[t]` is log-probability of `completion_ids[t]` under what was
     sampled from.
 
-    `finish_reason`: "stop" (the last token is an end-of-sequence token) or "length". `text`:
-    decoded without special tokens. `ref_logprobs`: the reference's, once it has been asked.
+    `finish_reason`: "stop" (the last token is an end-of-sequence token) or "length". `text`: see
+    rollout/text.py. `ref_logprobs`: the reference's, once it has been asked.
     `old_logprobs`: the trainer's, of the policy that sampled, once they are known and asked for.
     `entropies`: of the distributions that the tokens were drawn from, in nat, where they are asked.
     """

@@ -24,6 +24,7 @@ from typing import Any
 from lowmem_grpo.rollout.groups import end_token_ids, prompt_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling, uniforms
+from lowmem_grpo.rollout.text import Texts
 from lowmem_grpo.tasks.answers import last_number
 from lowmem_grpo.tasks.base import Problem, Task, held_out
 
@@ -113,6 +114,7 @@ def evaluate(
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
     adapters: bool = True,
+    texts: Texts | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
     """Completions of the task's held-out problems, judged by the task; by the policy, or without
@@ -136,10 +138,12 @@ def evaluate(
             batch_size=batch_size,
             advance=advance,
         )
+    texts = texts or Texts(policy.tokenizer, template=chat_template_kwargs)
     judged = []
     for problem, completions in zip(problems, found, strict=True):
+        beginning = texts.prefill(problem)
         for completion in completions:
-            text = policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            text = beginning + texts.own(completion.ids, completion.ended)
             strict = task.is_correct_strict(problem, text)
             judged.append((problem, text, strict, task.is_correct_lenient(problem, text)))
     return Evaluation(

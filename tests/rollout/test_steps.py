@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_grpo.rollout.steps import step_ends, step_texts
+from lowmem_grpo.rollout.text import Texts
 
 END = 0
 
@@ -41,6 +42,6 @@ def test_nothing_is_lost_and_ends_are_those_of_the_texts(text, separator):
     assert "".join(steps) == text
     assert len(steps) == 1 or all(step.replace(separator, "").strip() for step in steps)
     ids = [*map(ord, text), END]
-    ends = step_ends(Tokenizer(), ids, text, separator)
+    ends = step_ends(Texts(Tokenizer(), True), ids, text, separator)
     assert ends[-1] == len(ids)
     assert ends[:-1] == [sum(map(len, steps[: i + 1])) for i in range(len(steps) - 1)]
