@@ -145,7 +145,8 @@ def judge(state: State, rewards: list[Reward], config: Config, tokenizer) -> Non
     problems = [group.problem for group in groups for _ in group.rollouts]
     on_error = config.rewards.on_error
     separator, stop = config.rewards.step_separator, on_error == "stop"
-    scores = score(rewards, texts, problems, ids, stop_on_failure=stop, separator=separator)
+    how = {"stop_on_failure": stop, "check_first": config.rewards.check_first_step}
+    scores = score(rewards, texts, problems, ids, **how, separator=separator)
     dropped = scores.failed if on_error == "drop" else set()
     size = config.rollout.num_generations
     for i, group in enumerate(groups):

@@ -129,6 +129,8 @@ class RewardsConfig(Section):
     """One factor for each function; all 1 when left out."""
     on_error: Literal["zero", "drop", "stop"] = "zero"
     """A completion whose reward fails scores 0 with it, leaves its group, or stops the run."""
+    check_first_step: bool = True
+    """Stop where a function has no value for any completion of the first step, in each process."""
     step_separator: Annotated[str, Field(min_length=1)] | None = None
     """Text that ends a step of a completion; a function may then give a value for each step."""
     timeout: Annotated[float, Field(gt=0.0)] = 60.0

@@ -14,6 +14,7 @@ from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer, learning_rate_at
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
 from lowmem_grpo.isolation.confine import Limits
+from lowmem_grpo.isolation.output import Output
 from lowmem_grpo.policy.base import AdapterSettings, Policy
 from lowmem_grpo.policy.load import load_policy, load_tokenizer
 from lowmem_grpo.policy.skeleton import read_model_config
@@ -246,8 +247,10 @@ def check_prompts(
         say(line)
 
 
-def open_rewards(config: Config, task: Task) -> list[Reward]:
-    """The rewards as configured. Raises ConfigError."""
+def open_rewards(config: Config, task: Task, output: Output | None = None) -> list[Reward]:
+    """The rewards as configured. `output` takes what a user's functions print. Raises ConfigError
+    as `load_rewards` does.
+    """
     r = config.rewards
     limits = Limits(
         memory_bytes=int(r.memory_gib * 2**30), network=r.network, writable=tuple(r.writable)
@@ -260,6 +263,7 @@ def open_rewards(config: Config, task: Task) -> list[Reward]:
         limits=limits,
         with_steps=r.step_separator is not None,
         conversation=_conversation(config),
+        output=output,
     )
 
 

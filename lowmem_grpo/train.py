@@ -34,6 +34,7 @@ from lowmem_grpo.config import Config, config_toml
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.hardware import detect
 from lowmem_grpo.idle import idle_settings
+from lowmem_grpo.isolation.output import LogFile, Output
 from lowmem_grpo.memory.admit import admit
 from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.shapes import evaluated, met
@@ -91,7 +92,8 @@ def train(
     for text in idle_settings(config):
         console.warn(text)
     task = open_task(config)
-    rewards = open_rewards(config, task)
+    output = Output()
+    rewards = open_rewards(config, task, output)
     pool = open_pool(config)
     check_prompts(task, config, console.say)
     check_directory(config.run.output, resume=resume, overwrite=overwrite)
@@ -100,6 +102,7 @@ def train(
     with ExitStack() as stack:
         enter = stack.enter_context
         run = enter(RunDirectory(config.run.output, resume=resume, overwrite=overwrite))
+        stack.callback(output.close)
         stop = enter(StopRequest(console.warn))
         resumed = Resumed(run.path if resume else None, config, allow_changed, console)
 
@@ -126,6 +129,7 @@ def train(
                 watch.rehearse(policy, optimizer, advance)
         ending = enter(Ending(run.path, resumed.checkpoint, lambda: save(), console.warn))
         run.begin()
+        output.send_to(LogFile(run / "rewards.log"))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             run.rewind(name, state.step)
         run.rewind("eval.jsonl", state.evaluated)

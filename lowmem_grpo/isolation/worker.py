@@ -2,9 +2,9 @@
 
 Scorers parse completions as mathematics and some hand them to `eval`; a completion can make them
 loop, allocate without end or call `exit()`. Here that costs one score. The child has a fixed hash
-seed, because some generators walk through sets and would make other problems in every process; its
-standard output leads nowhere, because some print; it sees no GPU, whose memory is planned to the
-last; and `confine.py` says what it may touch.
+seed, because some generators walk through sets and would make other problems in every process; what
+it prints goes to an `Output`, or nowhere; it sees no GPU, whose memory is planned to the last; and
+`confine.py` says what it may touch.
 
 The protocol is one JSON object a line, over pipes: nothing that the child sends can become code in
 the trainer.
@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import traceback
@@ -32,11 +33,13 @@ from typing import Any
 
 from lowmem_grpo.errors import UserError
 from lowmem_grpo.isolation.confine import Limits, confine, enter_namespaces
+from lowmem_grpo.isolation.output import Output
 
 _START_LIMIT_S = 120.0
 _MOST_REPLY_BYTES = 64 * 2**20
 # The child's own alarm is for the case that the trainer is gone; it comes after the trainer's.
 _ORPHAN_GRACE_S = 10.0
+_LAST_WORDS_S = 1.0
 # The path is handed over because `-c` starts from another one than the trainer did. Starting this
 # file by its name would put its folder first on the path, where a file can hide a standard module.
 _BOOT = (
@@ -81,10 +84,21 @@ class Worker:
     target: the factory, as "module:name"; arguments and requests are JSON. The factory runs before
     the limits on files and memory are drawn, and what it loads is loaded. missing: which limits
     this machine does not have ("processes", "network", "files", "sockets"), once it has started.
+    output: takes what the child prints, under `name`.
     """
 
-    def __init__(self, target: str, arguments: dict[str, Any], limits: Limits | None = None):
+    def __init__(
+        self,
+        target: str,
+        arguments: dict[str, Any],
+        limits: Limits | None = None,
+        output: Output | None = None,
+        name: str = "",
+    ):
         self._serve = {"target": target, "arguments": arguments, "limits": limits or Limits()}
+        self._output, self._name = output, name
+        if output is not None:
+            output.add(self)
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize | None = None
         self.missing: list[str] = []
@@ -109,18 +123,20 @@ class Worker:
         directory = tempfile.mkdtemp(prefix="lowmem-grpo-")
         limits = self._serve["limits"]
         serve = self._serve | {"directory": directory, "limits": asdict(limits)}
+        serve["heard"] = self._output is not None
         own = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         own |= {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": directory}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps(sys.path), json.dumps(serve)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if self._output is None else subprocess.PIPE,
             # A session of its own: Ctrl-C reaches the trainer alone, which then ends in order.
             start_new_session=True,
             env=os.environ | own,
         )
-        self._stop = weakref.finalize(self, _end, self._process, directory)
+        reader = self._output and self._output.follow(self._process.stderr, self._name)
+        self._stop = weakref.finalize(self, _end, self._process, directory, reader)
         try:
             reply = self._exchange(None, _START_LIMIT_S)
         except WorkerFailure as failure:
@@ -146,6 +162,8 @@ class Worker:
         with self._lock:
             self.start()
             self._calls += 1
+            if self._output is not None:
+                self._output.begin(self._name, f"call {self._calls}")
             message = {"id": self._calls, "request": request, "limit_s": limit_s}
             reply = self._exchange(message, limit_s)
             if not isinstance(reply, dict) or reply.get("id") != self._calls:
@@ -245,9 +263,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _end(process: subprocess.Popen[bytes], directory: str) -> None:
+def _end(process: subprocess.Popen[bytes], directory: str, reader: threading.Thread | None) -> None:
     _kill(process)
     process.wait()
+    if reader is not None:
+        reader.join(_LAST_WORDS_S)  # where nothing ends what it started, that can keep its pipe
     for pipe in (process.stdin, process.stdout):
         # A request that the child did not live to read may still be in the buffer.
         with contextlib.suppress(BrokenPipeError):
@@ -255,16 +275,25 @@ def _end(process: subprocess.Popen[bytes], directory: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def serve(target: str, arguments: dict[str, Any], limits: dict[str, Any], directory: str) -> None:
+def serve(
+    target: str,
+    arguments: dict[str, Any],
+    limits: dict[str, Any],
+    directory: str,
+    heard: bool,
+) -> None:
     """The child's side: builds the handler, says whether that worked, then answers line by line
-    until the pipe closes.
+    until the pipe closes. `heard`: what it prints goes to standard error.
     """
     within = Limits(**limits)
     missing = enter_namespaces(within.network, directory)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
+    for descriptor in (0, 1) if heard else (0, 1, 2):
         os.dup2(nowhere, descriptor)
+    if heard:
+        os.dup2(2, 1)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     own = os.getpid()
 
     def answer(reply: dict[str, Any]) -> None:
@@ -301,9 +330,20 @@ def describe(error: BaseException) -> str:
         words = str(error)[:300]
     except BaseException as other:
         words = f"(its text: {type(other).__name__})"
+    where = place_of(error)
+    return f"{type(error).__name__}: {words}{f' ({where})' if where else ''}"
+
+
+def place_of(error: BaseException) -> str:
+    """FILE:LINE of the last call that is neither of a library nor of this package, else of the last
+    one.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {words}{where}"
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    known = {*(sysconfig.get_path(kind) for kind in kinds), str(Path(__file__).parents[1])}
+    own = [frame for frame in frames if not frame.filename.startswith((*known, "<"))]
+    last = (own or frames)[-1:]
+    return f"{Path(last[0].filename).name}:{last[0].lineno}" if last else ""
 
 
 def _set_alarm(seconds: float) -> None:

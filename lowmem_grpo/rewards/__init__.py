@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_grpo.errors import ConfigError, TaskError, nearest
 from lowmem_grpo.isolation.confine import Limits
+from lowmem_grpo.isolation.output import Output
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
 from lowmem_grpo.rewards.choice import answer_letter, choice_reward
 from lowmem_grpo.rewards.code import CodeReward, read_tests
@@ -40,11 +41,13 @@ def load_rewards(
     limits: Limits | None = None,
     with_steps: bool = False,
     conversation: int = 1024,
+    output: Output | None = None,
 ) -> list[Reward]:
     """The rewards that `specs` name, or the task's default ones where there are none; weights are 1
     unless given. `timeout`: seconds that a user's function may take for a step's completions, under
     `limits`. `with_steps`: functions are given the steps of completions. `conversation`: tokens of
-    the longest prompt and completion, from which a reward model's limits follow.
+    the longest prompt and completion, from which a reward model's limits follow. `output`: takes
+    what a user's functions print.
 
     Names in the log are `number`, `math`, `format` and so on, or the function's; a second reward of
     the same name gets `_2`, and so on. Raises `ConfigError` for a reward that is unknown, cannot be
@@ -60,7 +63,7 @@ def load_rewards(
         )
     fields = {*fields_of([task.train_problem(0)], [[]]), *(["steps"] if with_steps else [])}
     files = [spec for spec in specs if _is_own(spec)]
-    own = _open_files(files, fields, timeout, limits or Limits())
+    own = _open_files(files, fields, timeout, limits or Limits(), output)
     names: list[str] = []
     rewards = []
     for i, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
@@ -181,14 +184,18 @@ def _is_own(spec: str) -> bool:
 
 
 def _open_files(
-    specs: list[str], fields: Collection[str], timeout: float, limits: Limits
+    specs: list[str],
+    fields: Collection[str],
+    timeout: float,
+    limits: Limits,
+    output: Output | None,
 ) -> dict[str, RewardFunction]:
     files: dict[str, list[str]] = {}
     for spec in specs:
         files.setdefault(spec.rpartition(":")[0], []).append(spec)
     functions: dict[str, RewardFunction] = {}
     for path, of_file in files.items():
-        functions |= open_file(path, of_file, fields, timeout, limits)
+        functions |= open_file(path, of_file, fields, timeout, limits, output)
     return functions
 
 

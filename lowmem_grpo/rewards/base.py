@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,15 +41,19 @@ from lowmem_grpo.tasks.base import Problem
 RewardFunction = Callable[..., list]
 """Returns, for each completion, a float, None, or a `Failure`."""
 _log = logging.getLogger(__name__)
+_READS_MESSAGES = re.compile(
+    r"string indices must be integers|'str' object has no attribute '(get|content|items)'"
+)
+_FOR_TEXTS = 'completions are texts here: where TRL\'s are messages, write c for c[0]["content"]'
 MOST = 1e30
 """Of a weighted value; there is no reason for one, and its square is to be a number."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reward:
     """A reward function with its weight in the total and its name in the log. `here`: it computes
     in this process, and is called in its caller's thread. `told`: the kinds of failure that a
-    person has been told of.
+    person has been told of. `asked`: how often it has been called.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Reward:
     function: RewardFunction
     here: bool = False
     told: set[str] = field(default_factory=set, compare=False)
+    asked: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,14 @@ def score(
     completion_ids: Sequence[Sequence[int]],
     *,
     stop_on_failure: bool = False,
+    check_first: bool = False,
     separator: str | None = None,
 ) -> Scores:
     """Scores `completions[i]`, an answer to `problems[i]`, with every reward, all at the same time.
     `separator`: what ends a step of a completion, if rewards may have values for steps.
 
-    Raises `RewardError` where a function of our own cannot score an answer, and with
-    `stop_on_failure` where any fails.
+    Raises `RewardError` where a function of our own cannot score an answer, with `stop_on_failure`
+    where any fails, and with `check_first` where the first call of one brings no value at all.
     """
     if len(completions) != len(problems):
         raise ValueError(f"{len(completions)} completions for {len(problems)} problems")
@@ -122,6 +129,13 @@ def score(
         ]
         failures[reward.name] = {i: x for i, x in enumerate(checked) if isinstance(x, Failure)}
         by_name[reward.name] = [None if isinstance(x, Failure) else _logged(x) for x in checked]
+        if (
+            check_first
+            and not reward.asked
+            and not any(x is not None for x in by_name[reward.name])
+        ):
+            raise RewardError(without_values(reward.name, checked))
+        reward.asked += 1
         _tell(reward, failures[reward.name], completions, problems, stop_on_failure)
         for i, value in enumerate(checked):
             if isinstance(value, list):
@@ -178,6 +192,24 @@ def fields_of(
         "problems": list(problems),
         "completion_ids": [list(ids) for ids in completion_ids],
     }
+
+
+def without_values(name: str, values: Sequence[Failure | None]) -> str:
+    """What to say of a function that has no value for any completion of the first step."""
+    failures = [value for value in values if value is not None]
+    count = "the only completion" if len(values) == 1 else f"all {len(values)} completions"
+    go_on = "to go on all the same, --set rewards.check_first_step=false"
+    if not failures:
+        return (
+            f"reward '{name}' returned None for {count} of the first step: it has to return a "
+            "number for each completion that it is for; where it is for some problems only, "
+            f"{go_on}"
+        )
+    kinds = Counter(failure.message for failure in failures).most_common(2)
+    others = "" if len(kinds) == 1 else f" (and others: {kinds[1][0]})"
+    message = kinds[0][0]
+    hint = f"; {_FOR_TEXTS}" if _READS_MESSAGES.search(message) else ""
+    return f"reward '{name}' failed for {count} of the first step: {message}{others}{hint}; {go_on}"
 
 
 def _tell(

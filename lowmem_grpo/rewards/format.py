@@ -37,7 +37,7 @@ def format_reward(pattern: str) -> RewardFunction:
         ) from error
 
     worker = Worker("lowmem_grpo.rewards.format:make_matching", {"pattern": pattern})
-    return Isolated(worker, LIMIT_S)
+    return Isolated(worker, LIMIT_S, apart=True)
 
 
 def make_matching(pattern: str) -> Callable[..., list | str]:

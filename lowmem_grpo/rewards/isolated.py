@@ -1,12 +1,13 @@
 """A reward function in a child process (`isolation/`): what it does costs its scores, never the
 run.
 
-It is called once, with all completions. Where that brings no list of one value for each (it raised,
-died, took too long or returned something else), it is called again with one completion at a time,
-and those that fail alone have failed. All of this takes at most twice the time limit, of which a
-single completion gets an eighth.
+It is called once, with all completions of whole groups, and never again for them: a function that
+compares completions with each other would have other results. Where that brings no list of one
+value for each (it raised, died, took too long or returned something else), none has a score.
 
-So a function that compares completions with each other sees one at a time after it has failed.
+Functions of our own that look at each completion by itself are asked again with one at a time where
+that happens, and those that fail alone have failed. All of this takes at most twice the time limit,
+of which a single completion gets an eighth.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _SINGLES = 8
 
 class Isolated:
     """The reward function that `worker` holds. `request`: what its handler gets besides completions
-    and fields. `limit_s`: for all completions of a call, or for so many `together`.
+    and fields. `limit_s`: for all completions of a call, or for so many `together`. `apart`: it
+    looks at each completion by itself, and may be asked for one at a time.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Isolated:
         limit_s: float,
         request: dict[str, Any] | None = None,
         together: int | None = None,
+        *,
+        apart: bool,
     ):
         self._worker, self._limit_s, self._request = worker, limit_s, request or {}
-        self._together = together
+        self._together, self._apart = together, apart
 
     def __call__(self, completions: list[str], problems: list[Problem], **fields: Any) -> Values:
         """Never raises for what the function does."""
@@ -53,8 +57,8 @@ class Isolated:
         found = self._ask(completions, fields, limit_s)
         if isinstance(found, list):
             return found
-        if len(completions) == 1:
-            return [found]
+        if len(completions) == 1 or not self._apart:
+            return [found] * len(completions)
         end = time.monotonic() + limit_s
         single = self._limit_s if self._together else 0.0
         values: Values = []
@@ -93,10 +97,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def answering(function: Callable[..., Any]) -> Callable[..., list | str]:
+def answering(function: Callable[..., Any], where: str = "") -> Callable[..., list | str]:
     """The child's side: a handler that calls `function` and returns plain values, each a float or
-    None or text that shows what it was instead; or text that says what the whole was.
+    None or text that shows what it was instead; or text that says what the whole was. `where`:
+    FILE:LINE of the function, for that.
     """
+    place = f" ({where})" if where else ""
 
     def handler(completions: list[str], fields: dict[str, Any]) -> list | str:
         fields["problems"] = [
@@ -108,11 +114,12 @@ def answering(function: Callable[..., Any]) -> Callable[..., list | str]:
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, (list, tuple)):
             kind = type(returned).__name__
-            return f"it returned {_short(returned)} ({kind}), not a list of numbers"
+            return f"it returned {_short(returned)} ({kind}), not a list of numbers{place}"
         if len(values) != len(completions):
+            count = f"{len(values)} value{'' if len(values) == 1 else 's'}"
             return (
-                f"it returned {len(values)} values for {len(completions)} completions: "
-                "it must return one for each"
+                f"it returned {count} for {len(completions)} completions: "
+                f"it must return one for each{place}"
             )
         return [_plain(value) for value in values]
 

@@ -39,7 +39,7 @@ def json_reward(path: str) -> RewardFunction:
             )
         schema = _read(path)
     worker = Worker("lowmem_grpo.rewards.json_schema:make_check", {"schema": schema})
-    return Isolated(worker, LIMIT_S)
+    return Isolated(worker, LIMIT_S, apart=True)
 
 
 def make_check(schema: Any) -> Callable[..., list | str]:

@@ -84,7 +84,7 @@ def judge_reward(path: str) -> RewardFunction:
     # Every request may take its time and all its retries, with so many at once.
     each = (judge.retries + 1) * judge.timeout + 2.0**judge.retries
     worker = Worker("lowmem_grpo.rewards.judge:make_judge", asdict(judge), Limits(network=True))
-    return Isolated(worker, each, together=judge.concurrency)
+    return Isolated(worker, each, together=judge.concurrency, apart=True)
 
 
 def make_judge(**settings: Any) -> Callable[..., list | str]:

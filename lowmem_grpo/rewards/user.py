@@ -12,10 +12,12 @@ What the file does while it is loaded is not confined but for the network; what 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +25,8 @@ from typing import Any
 
 from lowmem_grpo.errors import ConfigError, UserError, nearest
 from lowmem_grpo.isolation.confine import Limits
-from lowmem_grpo.isolation.worker import Worker, WorkerSetupError
+from lowmem_grpo.isolation.output import Output
+from lowmem_grpo.isolation.worker import Worker, WorkerSetupError, describe
 from lowmem_grpo.rewards.base import RewardFunction
 from lowmem_grpo.rewards.isolated import Isolated, answering
 from lowmem_grpo.tasks.base import stable_hash
@@ -32,23 +35,30 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def open_file(
-    path: str, specs: list[str], fields: Collection[str], limit_s: float, limits: Limits
+    path: str,
+    specs: list[str],
+    fields: Collection[str],
+    limit_s: float,
+    limits: Limits,
+    output: Output | None = None,
 ) -> dict[str, RewardFunction]:
     """The functions that `specs` (FILE.py:function) name in the file at `path`, for problems that
-    carry `fields`; each call of one may take `limit_s` seconds.
+    carry `fields`; each call of one may take `limit_s` seconds. `output` takes what they print, and
+    the tracebacks of their errors.
 
     Raises `ConfigError` where the file is missing or fails, and where a function is not there,
     cannot be called with `completions`, or needs a field that is not in `fields`.
     """
     arguments = {"path": path, "specs": specs, "fields": sorted(fields)}
-    worker = Worker("lowmem_grpo.rewards.user:UserFile", arguments, limits)
+    target = "lowmem_grpo.rewards.user:UserFile"
+    worker = Worker(target, arguments, limits, output, Path(path).name)
     try:
         worker.start()
     except UserError as error:
         raise ConfigError(str(error)) from error
     except WorkerSetupError as error:
         raise ConfigError(f"reward file {path} cannot be loaded: {error}") from error
-    return {spec: Isolated(worker, limit_s, {"spec": spec}) for spec in specs}
+    return {spec: Isolated(worker, limit_s, {"spec": spec}, apart=False) for spec in specs}
 
 
 class UserFile:
@@ -56,10 +66,18 @@ class UserFile:
 
     def __init__(self, path: str, specs: list[str], fields: list[str]) -> None:
         module = load_module(path)
-        self._handlers = {spec: answering(load_function(spec, module, fields)) for spec in specs}
+        functions = {spec: load_function(spec, module, fields) for spec in specs}
+        self._handlers = {
+            spec: answering(function, _place(module, spec)) for spec, function in functions.items()
+        }
 
     def __call__(self, spec: str, completions: list[str], fields: dict[str, Any]) -> list | str:
-        return self._handlers[spec](completions, fields)
+        try:
+            return self._handlers[spec](completions, fields)
+        except BaseException:  # SystemExit too: whatever ends the call is to be found there
+            with contextlib.suppress(Exception):  # it may have closed what that goes to
+                traceback.print_exc()
+            raise
 
 
 def load_module(path: str) -> ModuleType:
@@ -80,10 +98,17 @@ def load_module(path: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ConfigError(
-            f"reward file {path} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        traceback.print_exc()
+        raise ConfigError(f"reward file {path} cannot be loaded: {describe(error)}") from error
     return module
+
+
+def _place(module: ModuleType, spec: str) -> str:
+    """FILE:LINE of the function, or of the file where it has none."""
+    function = inspect.unwrap(getattr(module, spec.rpartition(":")[2]))
+    code = getattr(function, "__code__", None)
+    line = f":{code.co_firstlineno}" if code else ""
+    return f"{Path(code.co_filename if code else module.__file__).name}{line}"
 
 
 def load_function(spec: str, module: ModuleType, fields: Collection[str]) -> RewardFunction:

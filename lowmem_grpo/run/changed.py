@@ -16,7 +16,7 @@ _FREE_KEYS = {
         *("tensorboard", "max_discarded", "check_every"),
     ),
     "model": ("device", "attention"),
-    "rewards": ("network", "writable", "memory_gib", "timeout"),
+    "rewards": ("network", "writable", "memory_gib", "timeout", "check_first_step"),
 }
 # What the saved tensors are, which no word of anybody changes.
 _FIXED = (

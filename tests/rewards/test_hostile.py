@@ -40,7 +40,7 @@ def run_with(tiny_model_dir, tmp_path, numbers, *settings):
     for path in (precious / "kept", precious / "deep/kept"):
         path.write_text("kept")
     sources = functions(str(precious))
-    arguments = ["--reward", "number"]
+    arguments = ["--reward", "number", "--set", "rewards.check_first_step=false"]
     for number in numbers:
         path = tmp_path / f"f{number}.py"
         path.write_text(sources[number][1])
@@ -94,6 +94,8 @@ def test_a_run_with_hostile_rewards_ends(tiny_model_dir, tmp_path, missing):
     settings = ["--set", "rewards.timeout=0.5", "--set", "run.log_rollouts=8"]
     records = run_with(tiny_model_dir, tmp_path, numbers, *settings)
     assert_accounted_for(records, tmp_path / "run/rollouts.jsonl", len(numbers))
+    said = (tmp_path / "run/rewards.log").read_text(errors="replace")
+    assert "MemoryError" in said
     in_order = ["f", *(f"f_{i}" for i in range(2, len(expected) + 1))]
     wanted = {name: x for name, x in zip(in_order, expected.values(), strict=True) if x}
     for record in records:

@@ -7,7 +7,6 @@ import textwrap
 import pytest
 
 from lowmem_grpo.isolation.confine import Limits
-from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.rewards.user import open_file
 from lowmem_grpo.tasks import Problem
 
@@ -15,7 +14,7 @@ PROBLEMS = [Problem(f"p/{i}", ({"role": "user", "content": "?"},), str(i)) for i
 TEXTS = ["zero", "one", "two", "three"]
 
 FILE = """
-import asyncio, os, time
+import asyncio, json, os, time
 from decimal import Decimal
 
 class Array:  # stands for a tensor or a numpy array
@@ -49,6 +48,7 @@ def stepwise(completions, **_):
 def partly(completions, **_):
     return [None if text == "one" else 0.5 for text in completions]
 
+calls = []
 class Two:
     def __init__(self, do): self.do = do
     def __call__(self, completions, **_):
@@ -58,10 +58,15 @@ def out_of_memory():
     bytearray(8 * 2**30)
 def breaks():
     return 1 / 0
+def reads(completions): return [json.loads(text)["score"] for text in completions]
+def per_group(completions):
+    calls.append(1)
+    if len(completions) == 4: raise ValueError(f"call {len(calls)}")
+    return [1.0] * len(completions)
+def per_group_constant(completions): return [1.0]
 two_raises, two_exits, two_dies = Two(breaks), Two(exit), Two(lambda: os._exit(9))
 two_hangs, two_is_huge = Two(lambda: time.sleep(1000)), Two(out_of_memory)
 def never(completions): time.sleep(1000)
-calls = []
 def counts(completions): calls.append(1); return [float(len(calls))] * len(completions)
 """
 
@@ -115,8 +120,8 @@ def test_a_value_that_is_no_finite_number_costs_itself(call, which, shown):
 @pytest.mark.parametrize(
     ("which", "says"),
     [
-        ("long", "5 values for 1 completions"),
-        ("empty", "0 values for 1"),
+        ("long", "5 values for 4 completions"),
+        ("empty", "0 values for 4"),
         ("float", "(float), not a list"),
         ("no list", "(Array), not a list"),
         ("None", "NoneType"),
@@ -126,9 +131,10 @@ def test_a_value_that_is_no_finite_number_costs_itself(call, which, shown):
     ],
 )
 def test_anything_but_one_value_for_each_completion_costs_all(call, which, says):
-    (failure,) = call("whole", which, texts=TEXTS[:1])
-    assert failure.reason == "invalid"
-    assert says in failure.message
+    failures = call("whole", which)
+    assert len(failures) == 4
+    assert {failure.reason for failure in failures} == {"invalid"}
+    assert all(says in failure.message and "(mine.py:" in failure.message for failure in failures)
 
 
 def test_a_function_may_be_async_and_may_say_that_it_does_not_apply(call):
@@ -145,27 +151,28 @@ def test_a_value_may_be_one_for_each_step(call):
 @pytest.mark.parametrize(
     ("name", "reason", "says"),
     [
-        ("two_raises", "raised", "ZeroDivisionError: division by zero (mine.py, line "),
+        ("two_raises", "raised", "ZeroDivisionError: division by zero (mine.py:"),
+        ("reads", "raised", "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (mine.py:"),
         ("two_exits", "raised", "SystemExit"),
         ("two_dies", "died", "exit status 9"),
         ("two_hangs", "timeout", "it took more than"),
         ("two_is_huge", "raised", "MemoryError"),
     ],
 )
-def test_the_completion_that_breaks_it_has_no_score_and_the_others_have_theirs(
+def test_a_call_that_fails_costs_the_scores_of_its_groups_and_is_not_made_again(
     call, name, reason, says
 ):
     values = call(name, limit_s=1.6 if name == "two_hangs" else 30.0)
-    failure = values.pop(2)
-    assert values == [1.0] * 3
-    assert failure.reason == reason
-    assert says in failure.message
+    assert len(values) == 4
+    assert {value.reason for value in values} == {reason}
+    assert all(says in value.message for value in values)
 
 
-def test_a_function_that_never_returns_takes_twice_its_limit(call):
-    values = call("never", limit_s=0.4)
-    assert [value.reason for value in values] == ["timeout"] * 4
-    assert all(isinstance(value, Failure) for value in values)
+@pytest.mark.parametrize("name", ["per_group", "per_group_constant"])
+def test_a_function_is_never_asked_for_a_part_of_its_groups(call, tmp_path, name):
+    found = call(name, limit_s=30.0)
+    assert {value.reason for value in found} == {"raised" if name == "per_group" else "invalid"}
+    assert call(name, repeat=3)[0].message == found[0].message.replace("call 1", "call 3")
 
 
 def test_a_file_keeps_its_state_between_calls(call):
