@@ -135,9 +135,12 @@ def plan(run_file, profile, assignments, solve, as_json, **flags) -> None:
     if solve is not None:
         config = solved(planner, config, solve)
     settled, found = settle(planner, config)
+    value = {} if solve is None else {solve: getattr(config.rollout, solve)}
     if as_json:
-        print_document(found.to_json())
+        print_document(found.to_json() | ({"solved": value} if value else {}))
     else:
+        for name, most in value.items():
+            click.echo(f"{name} = {most} ({config.sources[f'rollout.{name}']})")
         _print_plan(found, settled)
     if not found.fits:
         click.echo(f"error: {refusal(planner, config, found)}", err=True)

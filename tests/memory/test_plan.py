@@ -360,6 +360,9 @@ def test_the_command_solves(model):
     assert document["reasons"]["rollout.max_completion_length"] == (
         "the largest that fits NVIDIA GeForce RTX 3060"
     )
+    assert document["solved"] == {"max_completion_length": 512 - 200}
+    first = call(*arguments).stdout.splitlines()[0]
+    assert first == "max_completion_length = 312 (the largest that fits NVIDIA GeForce RTX 3060)"
     result = call(*arguments, "--max-prompt-length", "600")
     assert result.exit_code == 2
     assert "rollout.max_prompt_length = 600 leaves nothing of the model's window" in result.stderr
