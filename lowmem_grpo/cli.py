@@ -150,7 +150,7 @@ def train(
 )
 @BEST
 @click.option("--base", is_flag=True, help="The base as well, on the same problems.")
-@click.option("--show", type=int, default=0, help="Print that many completions.")
+@click.option("--show", type=click.IntRange(min=0), default=0, help="Print that many completions.")
 @JSON
 @QUIET
 def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **flags) -> None:
@@ -228,7 +228,7 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
 @BEST
 @QUIET
 def sample(target, prompt, count, profile, assignments, best, quiet, **flags) -> None:
-    """Look at completions of PROMPT, or of a held-out problem."""
+    """Look at completions of PROMPT, a text or a chat as JSON, or of a held-out problem."""
     read_options()  # before torch
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.memory.card import machine_card
@@ -237,8 +237,8 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
     from lowmem_grpo.rollout.groups import sample_groups
     from lowmem_grpo.run.console import Console
     from lowmem_grpo.setup import open_policy, open_task, sampling_of, texts_of
-    from lowmem_grpo.tasks.base import Problem, chat, held_out
-    from lowmem_grpo.tasks.messages import question
+    from lowmem_grpo.tasks.base import Problem, held_out
+    from lowmem_grpo.tasks.messages import after_system, question, read_messages
 
     console = Console(quiet=quiet)
     config, adapter = read_target(
@@ -247,7 +247,11 @@ def sample(target, prompt, count, profile, assignments, best, quiet, **flags) ->
     if prompt is None:
         (problem,) = held_out(open_task(config), 1)
     else:
-        problem = Problem("prompt", chat(prompt, config.task.system_prompt), "")
+        try:
+            messages = after_system(read_messages(prompt), config.task.system_prompt)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="PROMPT") from error
+        problem = Problem("prompt", messages, "")
     planner = Planner(config, machine_card(detect(config.model.device)))
     config = settle_sampling(planner, config, count)
     policy = open_policy(config, console.say, adapter=adapter)

@@ -82,6 +82,8 @@ class Config(Section):
                         f"together: leave out grpo.{key} = {value}"
                     )
         weights = self.rewards.weights
+        if weights and not any(weights):
+            raise ValueError(f"rewards.weights = {weights}: with 0 alone there is no reward")
         if (
             weights is not None
             and self.rewards.functions

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lowmem_grpo.text_files import half_character
+
 __all__ = [
     "EvalConfig", "LoraSection", "MemoryConfig", "ModelConfig", "OptimizerConfig",
     "RewardsConfig", "RolloutConfig", "RunConfig", "Section", "TaskConfig",
@@ -19,7 +21,10 @@ __all__ = [
 MOST, MOST_SEED = 2**31, 2**63 - 1
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0)]  # numpy takes no other
 Auto = Literal["auto"]
+MAY_BE_BLANK = ("system_prompt", "step_separator")
 
 
 class Section(BaseModel):
@@ -34,10 +39,28 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _can_be_computed_with(cls, value: Any, info: ValidationInfo) -> Any:
-        most = MOST_SEED if info.field_name == "seed" else MOST
-        if isinstance(value, (int, float)) and not -most <= value <= most:
-            raise ValueError(f"Input should be at most {most:.3g}, on either side of 0")
+        _check_value(value, info.field_name)
         return value
+
+
+def _check_value(value: Any, name: str | None) -> None:
+    most = MOST_SEED if name == "seed" else MOST
+    if isinstance(value, (int, float)) and not -most <= value <= most:
+        raise ValueError(f"Input should be at most {most:.3g}, on either side of 0")
+    if isinstance(value, str):
+        if half := half_character(value):
+            raise ValueError(f"{half} is half of a character: give text in UTF-8")
+        if "\0" in value:
+            raise ValueError("Input should be without NUL characters")
+        if not value.strip() and name not in MAY_BE_BLANK:
+            raise ValueError("Input should not be blank: give a value, or leave the setting out")
+    if isinstance(value, dict):  # of a chat template, where any text is right
+        for key, item in value.items():
+            _check_value(key, MAY_BE_BLANK[0])
+            _check_value(item, MAY_BE_BLANK[0])
+    if isinstance(value, list):
+        for item in value:
+            _check_value(item, name)
 
 
 class ModelConfig(Section):
@@ -94,12 +117,14 @@ class TaskConfig(Section):
     """arithmetic[:options], countdown[:options], gsm8k, reasoning_gym:NAME, records:PATH,
     records:hub:OWNER/NAME[@CONFIG][/SPLIT], or several: WEIGHT*TASK + TASK.
     """
-    seed: int = 0
+    seed: Seed = 0
     """Order of the problems, and which ones a generator makes."""
     shuffle: bool = True
     """Records in a new order in each epoch; false: in the order of the file."""
     system_prompt: str | None = None
-    """Put before every problem."""
+    """Put before every problem; empty: a system message that says nothing, where a chat template
+    has one of its own.
+    """
     few_shot: Annotated[int, Field(ge=0, le=256)] = 0
     """Solved training problems before every question, as turns of the chat."""
     path: str | None = None
@@ -187,9 +212,9 @@ class OptimizerConfig(Section):
     """After the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of the first moment."""
-    adam_beta2: Fraction = 0.999
+    adam_beta2: Decay = 0.999
     """Decay of the second moment."""
     adam_epsilon: Annotated[float, Field(ge=1e-30)] = 1e-8
     """Added to the root of the second moment."""
@@ -279,7 +304,7 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    seed: int = 0
+    seed: Seed = 0
     """Of the adapters' initialisation and of sampling."""
     steps: Positive = 100
     """Optimizer steps."""

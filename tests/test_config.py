@@ -138,6 +138,18 @@ def test_malformed_assignments(text):
         ({"optimizer": {"warmup_steps": 100}}, "warmup_steps = 100 leaves nothing"),
         ({"lora": {"init_lora_weights": "pissa_niter_4"}}, "changes the base weights"),
         ({"rewards": {"functions": ["number"], "weights": [1, 2]}}, "2 values for 1"),
+        ({"rewards": {"weights": [0, 0.0]}}, "with 0 alone there is no reward"),
+        ({"rewards": {"weights": [1e300]}}, "rewards.weights = [1e+300] (from here): Input should"),
+        ({"run": {"seed": -1}}, "run.seed = -1 (from here): Input should be greater than"),
+        ({"task": {"seed": -1}}, "task.seed = -1 (from here)"),
+        ({"optimizer": {"adam_beta1": 1.0}}, "optimizer.adam_beta1 = 1.0 (from here): Input"),
+        ({"optimizer": {"adam_beta2": 1.0}}, "less than 1"),
+        ({"run": {"output": "a\0b"}}, "without NUL"),
+        ({"run": {"output": ""}}, "should not be blank"),
+        ({"task": {"eval_path": " "}}, "task.eval_path = ' ' (from here): Input should not be"),
+        ({"rewards": {"writable": [""]}}, "should not be blank"),
+        ({"task": {"system_prompt": "\udcff"}}, "\\udcff is half of a character"),
+        ({"model": {"chat_template_kwargs": {"a": ["\ud800"]}}}, "half of a character"),
     ],
 )
 def test_wrong_values_are_named_with_their_origin(sections, says):

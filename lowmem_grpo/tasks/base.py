@@ -144,7 +144,11 @@ def held_out(task: Task, count: int) -> list[Problem]:
 def chat(question: str, system_prompt: str | None) -> tuple[dict[str, str], ...]:
     """`question` as the messages of a chat, after the system prompt if there is one."""
     user = {"role": "user", "content": question}
-    return ({"role": "system", "content": system_prompt}, user) if system_prompt else (user,)
+    return (
+        ({"role": "system", "content": system_prompt}, user)
+        if system_prompt is not None
+        else (user,)
+    )
 
 
 def numbers_held_out(task: str, numbers: Iterable[int]) -> bool:

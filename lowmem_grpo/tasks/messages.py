@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lowmem_grpo.plain_json import parse_json
+from lowmem_grpo.text_files import half_character
 
-__all__ = ["prefilled", "question", "read_messages", "split_prefilled"]
+__all__ = ["after_system", "prefilled", "question", "read_messages", "split_prefilled"]
 
 Messages = Sequence[dict[str, Any]]
 
@@ -28,6 +29,10 @@ def read_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
     when that list is written as JSON. Raises ValueError that says what is wrong.
     """
     if isinstance(prompt, str):
+        if half := half_character(prompt):
+            raise ValueError(f"{half} in it is half of a character: give text in UTF-8")
+        if not prompt.strip():
+            raise ValueError(f"{prompt!r:.60} asks nothing")
         if _PYTHON_CHAT.match(prompt):
             raise ValueError(f"{prompt!r:.60} is a chat as Python shows it: write it as JSON")
         if not _JSON_CHAT.match(prompt):
@@ -49,6 +54,15 @@ def split_prefilled(messages: Messages) -> tuple[list[dict[str, Any]], str]:
     """
     text = prefilled(messages)
     return list(messages[:-1] if text else messages), text
+
+
+def after_system(messages: Messages, system_prompt: str | None) -> tuple[dict[str, Any], ...]:
+    """`messages` after that system prompt, unless there is none or they have a system message of
+    their own.
+    """
+    if system_prompt is None or messages[0]["role"] == "system":
+        return tuple(messages)
+    return ({"role": "system", "content": system_prompt}, *messages)
 
 
 def prefilled(messages: Messages) -> str:

@@ -31,7 +31,7 @@ from lowmem_grpo.tasks.answers import (
 )
 from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, permuted, plain, stable_hash
 from lowmem_grpo.tasks.hub import PREFIX, open_hub
-from lowmem_grpo.tasks.messages import read_messages
+from lowmem_grpo.tasks.messages import after_system, read_messages
 from lowmem_grpo.tasks.tables import Table, open_table
 
 
@@ -174,8 +174,6 @@ class _Source:
     def problem(self, number: int) -> Problem:
         row = self._table.row(number)
         messages = self._messages(number, row)
-        if self._options.system_prompt and messages[0]["role"] != "system":
-            messages = ({"role": "system", "content": self._options.system_prompt}, *messages)
         # The answer column keeps its own name too: a reward written for this file may ask for it.
         fields = {
             name: plain(value)
@@ -184,7 +182,7 @@ class _Source:
         }
         return Problem(
             id=f"{self._path}/{self._table.where(number)}",
-            messages=messages,
+            messages=after_system(messages, self._options.system_prompt),
             answer=self._answer(number, row),
             fields=fields,
         )

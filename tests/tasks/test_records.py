@@ -411,3 +411,10 @@ def test_missing_files_directories_and_fractions(tmp_path, hundred):
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_permuted_is_a_permutation(size, key):
     assert sorted(permuted(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_an_empty_system_prompt_is_one(hundred):
+    path = {"path": str(hundred), "system_prompt": ""}
+    for spec in ("records", "arithmetic"):
+        task = load_task(spec, seed=0, options=TaskOptions(**path))
+        assert task.train_problem(0).messages[0] == {"role": "system", "content": ""}
