@@ -29,6 +29,7 @@ from lowmem_grpo.cli_options import (
     setting,
 )
 from lowmem_grpo.cli_rollouts import rollouts
+from lowmem_grpo.cli_score import score
 
 __all__ = ["main"]
 
@@ -66,7 +67,7 @@ def main(debug: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for command in (doctor, export, memory, model, plan, profiles, rollouts):
+for command in (doctor, export, memory, model, plan, profiles, rollouts, score):
     main.add_command(command)
 
 

@@ -41,9 +41,12 @@ class Records(Task):
 
     num_train, num_eval: how many rows are on either side.
     num_excluded: training rows left out because `eval_path` has the same prompt.
+    `table`: its rows in the place of the file's.
     """
 
-    def __init__(self, path: str, *, seed: int, options: TaskOptions) -> None:
+    def __init__(
+        self, path: str, *, seed: int, options: TaskOptions, table: Table | None = None
+    ) -> None:
         path = path or options.path or ""
         if not path:
             raise TaskError(
@@ -58,7 +61,7 @@ class Records(Task):
         self._seed = seed
         self._shuffle = options.shuffle
         self._left_out = ""
-        source = _Source(path, options)
+        source = _Source(path, options, table)
         if options.eval_path:
             self._eval_source = _Source(options.eval_path, options)
             held = set(self._eval_source.hashes)
@@ -152,10 +155,12 @@ class _Source:
     `boxed` say whether all answers are numbers, and whether all have a \\boxed{}.
     """
 
-    def __init__(self, path: str, options: TaskOptions) -> None:
+    def __init__(self, path: str, options: TaskOptions, table: Table | None = None) -> None:
         self._path = path
         self._options = options
-        self._table: Table = open_hub(path) if path.startswith(PREFIX) else open_table(path)
+        if table is None:
+            table = open_hub(path) if path.startswith(PREFIX) else open_table(path)
+        self._table: Table = table
         for setting in ("prompt_column", "answer_column"):
             self._check_column(setting, getattr(options, setting))
         self.hashes = array("Q")
