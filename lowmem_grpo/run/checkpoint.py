@@ -59,7 +59,7 @@ class State:
     `groups_away` and their `tokens_away`, groups that made way for others. `rates`: see
     curriculum.py. `pool`: groups of the pool that is trained on, if one is. `discarded`: batches
     that came to nothing since the last step. `base`: the digest of the base's weights; `checked`:
-    the step after which they were last found to be what was loaded.
+    the step after which they were last found to be what was loaded. `inputs`: see run/inputs.py.
     """
 
     step: int = 0
@@ -77,6 +77,7 @@ class State:
     discarded: int = 0
     base: str = ""
     checked: int = 0
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -306,7 +307,7 @@ def load_checkpoint(path: Path, policy, optimizer) -> State:
     groups = document["groups"]
     whole = {"groups": groups and [read_group(g) for g in groups], "rates": document["rates"]}
     whole["rates"] = Rates(**whole["rates"])
-    plain = {name: document[name] for name in vars(State()) if name not in whole}
+    plain = {name: document[name] for name in vars(State()) if name not in (*whole, "inputs")}
     return State(**plain, **whole)
 
 

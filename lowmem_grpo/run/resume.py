@@ -10,6 +10,7 @@ from lowmem_grpo.pool import Pool, check_base, check_pool
 from lowmem_grpo.run.changed import changed_mathematics
 from lowmem_grpo.run.checkpoint import State, load_checkpoint, newest_sound, read_state
 from lowmem_grpo.run.console import Console
+from lowmem_grpo.run.inputs import TEMPLATE, Inputs, changed_inputs, input_files, template_digest
 
 __all__ = ["Resumed"]
 
@@ -18,8 +19,8 @@ class Resumed:
     """The run in a directory, or a new one for None. `checkpoint`: what it goes on from; None where
     it is new, or was killed before there was one.
 
-    Raises DamageError where no checkpoint is sound, ConfigError for settings that changed and are
-    not `allowed` to.
+    Raises DamageError where no checkpoint is sound, ConfigError for settings, or the content of
+    files, that changed and are not `allowed` to.
     """
 
     def __init__(
@@ -32,9 +33,17 @@ class Resumed:
         self._config, self._allowed, self._say = config, allowed, console.say
         self.checkpoint = None if run_path is None else newest_sound(run_path, console.warn)
         self._changed: list[str] = []
+        self._inputs, self._inputs_before = input_files(config), Inputs()
         if self.checkpoint is not None:
-            saved = read_state(self.checkpoint)["config"]
-            self._changed = changed_mathematics(saved, config, allowed)
+            saved = read_state(self.checkpoint)
+            self._changed = changed_mathematics(saved["config"], config, allowed)
+            # None of a version that did not look at them.
+            self._inputs_before = saved.get("inputs", Inputs())
+            self._files_changed(allowed)
+
+    def _files_changed(self, allowed: Collection[str]) -> None:
+        more = changed_inputs(self._inputs_before, self._inputs, allowed)
+        self._changed = sorted({*self._changed, *more})
 
     def load(self, policy, optimizer, base: Base, pool: Pool | None) -> State:
         """Put adapters and moments in place and return the state. Raises ConfigError for another
@@ -43,8 +52,10 @@ class Resumed:
         if pool is not None:
             check_base(pool.path, pool.base, base)
         pool_size = len(pool) if pool is not None else None
+        self._inputs[TEMPLATE] = template_digest(str(policy.tokenizer.chat_template))
         if self.checkpoint is None:
-            return State(pool=pool_size, base=base.digest)
+            return State(pool=pool_size, base=base.digest, inputs=self._inputs)
+        self._files_changed(self._allowed)  # of the template, which came with the tokenizer
         state = load_checkpoint(self.checkpoint, policy, optimizer)
         check_pool(pool_size, state.pool)
         if base.is_other_than(state.base) and "model.lm_head_bits" not in self._changed:
@@ -54,7 +65,7 @@ class Resumed:
                     "run was started with: bring those back, or --allow-changed model.name"
                 )
             self._changed = sorted({*self._changed, "model.name"})
-        state.base = base.digest
+        state.base, state.inputs = base.digest, self._inputs
         self._say(f"resumed from {self.checkpoint} (step {state.step})")
         if self._changed:
             lost = "" if state.groups is None else ": the groups in hand are not used"
