@@ -33,6 +33,8 @@ from lowmem_grpo.cli_score import score
 
 __all__ = ["main"]
 
+OUTPUT = "lowmem_grpo.output"  # the run's directory in click's `meta`, once it is known
+
 
 class _Group(click.Group):
     """Turns errors that are meant for a person into one message and an exit code."""
@@ -52,8 +54,12 @@ class _Group(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
+            from lowmem_grpo.defects import keep_traceback
+
             first = (str(error).strip().splitlines() or ["no message"])[0]
-            click.echo(f"error: {type(error).__name__}: {first} (--debug shows where)", err=True)
+            kept = keep_traceback(error, ctx.meta.get(OUTPUT))
+            where = f"its traceback is in {kept}" if kept else "--debug shows where"
+            click.echo(f"error: {type(error).__name__}: {first} ({where})", err=True)
             ctx.exit(1)
 
 
@@ -121,6 +127,7 @@ def train(
 
     console = Console(quiet=quiet)
     config = read_config(run_file, profile, assignments, flags, console.say)
+    click.get_current_context().meta[OUTPUT] = config.run.output
     if resume:
         from lowmem_grpo.foreign import check_code, granted
 

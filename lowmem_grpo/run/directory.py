@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 LOCK, PARTIAL = "run.lock", ".partial"
+DEFECT = "error.txt"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -156,7 +157,7 @@ def _link_in(path: Path) -> Path | None:
 
 def _is_nothing(name: str) -> bool:
     """Of a run that was killed before it began."""
-    return name == LOCK or (name.startswith(".") and name.endswith(PARTIAL))
+    return name in (LOCK, DEFECT) or (name.startswith(".") and name.endswith(PARTIAL))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
