@@ -21,6 +21,7 @@ from lowmem_grpo.policy.skeleton import read_model_config
 from lowmem_grpo.rewards import Reward, is_model, load_rewards
 from lowmem_grpo.rewards.model import ModelReward, ModelSpec, parse_spec
 from lowmem_grpo.rollout.groups import prompt_ids, prompt_length
+from lowmem_grpo.rollout.prompts import turn_added
 from lowmem_grpo.rollout.sampling import Sampling
 from lowmem_grpo.rollout.text import Texts
 from lowmem_grpo.run.checkpoint import read_adapter
@@ -238,6 +239,12 @@ def check_prompts(
     r, batches = config.rollout, -(-config.run.steps // config.grpo.num_iterations)
     most = batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum
     most = most if training is None else training
+    first = task.train_problem(0)
+    if added := turn_added(tokenizer, list(first.messages), template, first.id):
+        say(
+            "the chat template does not begin the assistant's turn: every prompt ends with "
+            f"{added!r:.60}, as it has before messages of the assistant (model.chat_template)"
+        )
     for index in range(min(most, CHECKED) if r.pool is None else 0):
         prompt_ids(tokenizer, task.train_problem(index), longest, template)
     if config.eval.every and training is None:

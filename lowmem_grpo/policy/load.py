@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lowmem_grpo.errors import ModelError
+from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.policy.adapters import describe_adapters
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
@@ -158,7 +159,7 @@ def read_tokenizer(name: str, chat_template: str | None, setting: str, way_out: 
         if not path.is_file():
             raise ModelError(f"{setting}: no such file: {chat_template}")
         try:
-            tokenizer.chat_template = read_text(path)
+            tokenizer.chat_template = _template_in(read_text(path))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ModelError(f"{setting}: cannot read {path}: {reason}") from error
@@ -175,6 +176,22 @@ def check_quantisation(name: str, fields: dict) -> None:
             f"{name} is quantised by {method}, not in bitsandbytes' 4 bits: "
             "use its 16-bit or bitsandbytes NF4 weights"
         )
+
+
+def _template_in(text: str) -> str:
+    """The template of a file, which may be JSON that has it, like a tokenizer_config.json. Raises
+    ValueError for other JSON.
+    """
+    try:
+        document = parse_json(text)
+    except ValueError:
+        return text
+    found = document.get("chat_template") if isinstance(document, dict) else None
+    if not isinstance(found, str):
+        raise ValueError(
+            "it is JSON without a text named 'chat_template': give a template in Jinja"
+        )
+    return found
 
 
 def _read_config(name: str, source: str, **fields):

@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lowmem_grpo.errors import ModelError
+from lowmem_grpo.errors import ModelError, TaskError
 from lowmem_grpo.tasks.messages import split_prefilled
 from lowmem_grpo.text_files import half_character
 
-__all__ = ["opening", "render"]
+__all__ = ["opening", "render", "turn_added"]
 
 WAY_OUT = "give another with --set model.chat_template=FILE"
 COMMON_ROLES = ("system", "user", "assistant")
@@ -32,7 +32,8 @@ def render(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str) 
     """The prompt of the problem with that id, which ends where its completion begins. `kwargs`:
     what the template is given beside the messages.
 
-    Raises ModelError for a template that fails, leaves a message out, or does not know its role.
+    Raises ModelError for a template that fails, leaves a message out, or does not know its role;
+    TaskError for a message that is in a template already.
     """
     before, beginning = split_prefilled(messages)
     for role in {message["role"] for message in before}.difference(COMMON_ROLES):
@@ -41,7 +42,10 @@ def render(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str) 
                 f"the chat template does not know the role {role!r:.40} of problem {problem}: "
                 f"use {', '.join(COMMON_ROLES)}, or {WAY_OUT}"
             )
+    asked = before
     text, before = _with_all(tokenizer, before, kwargs, problem)
+    _check_bare(tokenizer, asked, problem, text)
+    text += _lacking(tokenizer, before, kwargs, text)
     if beginning:
         text = _continued(tokenizer, before, beginning, kwargs, problem, text)
     if half := half_character(text):
@@ -59,12 +63,50 @@ def opening(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str)
     """
     before, beginning = split_prefilled(messages)
     text, before = _with_all(tokenizer, before, kwargs, problem)
+    text += _lacking(tokenizer, before, kwargs, text)
     header = _header(tokenizer, before, kwargs, text)
     if header is None:
         return beginning
     whole = render(tokenizer, messages, kwargs, problem) if beginning else text
     found = _CLOSED.sub("", whole[len(header) :] if whole.startswith(header) else "")
     return found if found.strip() else ""
+
+
+def turn_added(tokenizer, messages: Messages, kwargs: dict[str, Any], problem: str) -> str:
+    """What is put behind the prompt because the template has no beginning of the assistant's turn
+    for a completion, though it has one before a message: mostly nothing. Raises ModelError.
+    """
+    before, _ = split_prefilled(messages)
+    text, before = _with_all(tokenizer, before, kwargs, problem)
+    return _lacking(tokenizer, before, kwargs, text)
+
+
+def _lacking(tokenizer, before: Messages, kwargs: dict[str, Any], text: str) -> str:
+    if "add_generation_prompt" in _source(tokenizer):
+        return ""
+    header = _header(tokenizer, before, kwargs, text) or ""
+    added = header.removeprefix(text) if header.startswith(text) else ""
+    return added if added.strip() else ""
+
+
+def _check_bare(tokenizer, messages: Messages, problem: str, text: str) -> None:
+    """Raises TaskError for a message that begins as the template begins one, or with a special
+    token, unless the template puts nothing before it.
+    """
+    for content in filter(None, (message["content"].strip() for message in messages)):
+        before, found, _ = text.partition(content)
+        if not found or not before.strip():
+            continue
+        marks = [before.rstrip().rpartition("\n")[2]]
+        if content[0] in "<[|":
+            marks += tokenizer.all_special_tokens
+        for mark in marks:
+            if len(mark) > 2 and content.startswith(mark):
+                raise TaskError(
+                    f"problem {problem} is in a chat template already, since a message begins with "
+                    f"{mark!r:.40}, and would be put into one again: give the text alone, or "
+                    "a template that writes it as it is with --set model.chat_template=FILE"
+                )
 
 
 def _with_all(

@@ -20,6 +20,7 @@ __all__ = ["after_system", "prefilled", "question", "read_messages", "split_pref
 Messages = Sequence[dict[str, Any]]
 
 _JSON_CHAT = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')
+_JSON_OBJECTS = re.compile(r'\s*(\[\s*)?\{\s*"')
 _PYTHON_CHAT = re.compile(r"\s*(array\()?\[\s*\{\s*'(role|content)'\s*:")
 _TEXT_PARTS = ("text", "input_text", None)
 
@@ -35,9 +36,10 @@ def read_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
             raise ValueError(f"{prompt!r:.60} asks nothing")
         if _PYTHON_CHAT.match(prompt):
             raise ValueError(f"{prompt!r:.60} is a chat as Python shows it: write it as JSON")
-        if not _JSON_CHAT.match(prompt):
+        chat = _chat_in(prompt)
+        if chat is None:
             return ({"role": "user", "content": prompt},)
-        prompt = parse_json(prompt)
+        prompt = chat
     if isinstance(prompt, dict):
         found = _shown(prompt)
         raise ValueError(f"{found} is one object: a text or a list of chat messages is expected")
@@ -46,6 +48,24 @@ def read_messages(prompt: Any) -> tuple[dict[str, Any], ...]:
     messages = tuple(_read_message(message) for message in prompt)
     _check_end(messages)
     return messages
+
+
+def _chat_in(text: str) -> Any:
+    """The chat that `text` is as JSON, or None where it is something else. Raises ValueError for
+    one that cannot be read.
+    """
+    if not _JSON_OBJECTS.match(text):
+        return None
+    try:
+        found = parse_json(text)
+    except ValueError:
+        if _JSON_CHAT.match(text):
+            raise
+        return None
+    if isinstance(found, dict):
+        return found if "messages" in found or {"role", "content"} <= found.keys() else None
+    keys = found[0].keys()
+    return found if {"role", "content"} & keys or {"from", "value"} <= keys else None
 
 
 def split_prefilled(messages: Messages) -> tuple[list[dict[str, Any]], str]:

@@ -31,8 +31,11 @@ from lowmem_grpo.tasks.answers import (
 )
 from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, permuted, plain, stable_hash
 from lowmem_grpo.tasks.hub import PREFIX, open_hub
-from lowmem_grpo.tasks.messages import after_system, read_messages
+from lowmem_grpo.tasks.messages import after_system, prefilled, read_messages
 from lowmem_grpo.tasks.tables import Table, open_table
+
+# Columns with what belongs to a prompt besides its text, as data sets name them.
+_SEEN_OR_HEARD = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Records(Task):
@@ -129,12 +132,13 @@ class Records(Task):
         return problem
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
-        """The completion is the answer and nothing more; a full stop may follow. Where the
+        """The completion is the answer and nothing more, behind what the prompt has of it; a full
+        stop may follow. Where the
         reference is a worked solution, so may the completion be, with an end like it.
         """
         wanted = final_answer(problem.answer)
         if wanted == problem.answer.strip():
-            return equals_text(text, wanted)
+            return equals_text(text.removeprefix(prefilled(problem.messages)), wanted)
         return same_answer(final_answer(text), wanted)
 
     def is_correct_lenient(self, problem: Problem, text: str) -> bool:
@@ -167,6 +171,7 @@ class _Source:
         self.numeric = self.boxed = True
         for number in range(len(self)):
             row = self._table.row(number)
+            self._check_text_alone(number, row)
             messages = self._messages(number, row)
             self.hashes.append(stable_hash(json.dumps(messages, sort_keys=True)))
             answer = self._answer(number, row)
@@ -213,6 +218,15 @@ class _Source:
         if nothing or (isinstance(value, float) and not math.isfinite(value)):
             self._fail(number, f"has {value!r} as its '{column}'")
         return value
+
+    def _check_text_alone(self, number: int, row: dict[str, Any]) -> None:
+        for name in _SEEN_OR_HEARD:
+            if row.get(name):
+                self._fail(
+                    number,
+                    f"comes with something in '{name}' that no model is shown: text alone is "
+                    "trained on; leave the row out, or that column where it does not matter",
+                )
 
     def _messages(self, number: int, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         column = self._options.prompt_column

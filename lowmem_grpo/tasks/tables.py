@@ -58,7 +58,7 @@ def open_table(path: str) -> Table:
     ending = (file.with_suffix("") if packed else file).suffix.lower()
     if file.is_dir():
         inside = sorted(
-            each.name for each in file.iterdir() if each.suffix in (*_KINDS, ".parquet")
+            each.name for each in file.iterdir() if each.suffix.lower() in (*_KINDS, ".parquet")
         )
         some = f", like {file / inside[0]}" if inside else ""
         raise TaskError(f"{path} is a directory: give one file{some}")
@@ -132,8 +132,10 @@ class _Json(Table):
                 f"the file is one object with rows in '{inside[0]}': write that list alone, as "
                 f"jq '.{inside[0]}' does"
             )
-        else:
+        elif len(self) > 1 or any(isinstance(value, (dict, list)) for value in whole.values()):
             hint = "the file is one object: write one object a line, or one array of objects"
+        else:  # a row by itself
+            return ""
         if len(self) > 1:
             raise TaskError(f"{self._file}: {hint}")
         return f"; {hint}"
@@ -188,7 +190,7 @@ class _Csv(Table):
         try:
             separator = separator or self._separator(text)
             reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-            self.columns = next(reader, [])
+            self.columns = next(filter(None, reader), [])
             for cells in reader:
                 if cells:
                     self._rows.append(cells)
@@ -213,7 +215,7 @@ class _Csv(Table):
         """The first of `separators` that makes more than one column of the header."""
         for each in self.separators:
             lines = io.StringIO(text, newline="")
-            if len(next(csv.reader(lines, delimiter=each), [])) > 1:
+            if len(next(filter(None, csv.reader(lines, delimiter=each)), [])) > 1:
                 return each
         return self.separators[0]
 

@@ -149,10 +149,16 @@ def test_a_chat_template_may_be_given(tmp_path):
     make_tiny_model(tmp_path / "model")
     without_template(tmp_path / "model")
     template = tmp_path / "chat.jinja"
-    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    tokenizer = load_tokenizer(str(tmp_path / "model"), str(template))
+    text = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     messages = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "[hi]"
+    # As it is, and as a tokenizer_config.json has it.
+    for whole in (text, "\ufeff" + text, json.dumps({"chat_template": text, "other": 1})):
+        template.write_text(whole)
+        tokenizer = load_tokenizer(str(tmp_path / "model"), str(template))
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == "[hi]"
+    template.write_text('{"messages": []}')
+    with pytest.raises(ModelError, match="JSON without a text named 'chat_template'"):
+        load_tokenizer(str(tmp_path / "model"), str(template))
     with pytest.raises(ModelError, match="no such file: nowhere"):
         load_tokenizer(str(tmp_path / "model"), "nowhere.jinja")
 

@@ -4,8 +4,8 @@ from copy import copy
 
 import pytest
 
-from lowmem_grpo.errors import ModelError
-from lowmem_grpo.rollout.prompts import render
+from lowmem_grpo.errors import ModelError, TaskError
+from lowmem_grpo.rollout.prompts import render, turn_added
 from lowmem_grpo.tasks.messages import read_messages
 
 ASKED = {"role": "user", "content": "1+1?"}
@@ -121,3 +121,20 @@ def test_a_role_that_the_template_knows_and_an_empty_system_message(policy):
     empty, tool = {"role": "system", "content": ""}, {"role": "tool", "content": "2"}
     _, text = rendered(policy, knows, empty, ASKED, tool)
     assert text == "<|system|>\n<e>\n" + USER + "<|tool|>\n2<e>\n" + OURS
+
+
+@pytest.mark.parametrize("text", ["<|user|>\n1+1?<e>\n<|assistant|>\n", " <s>1+1?", "[I]1+1?[/I]"])
+def test_what_is_in_a_template_already_is_not_put_into_one_again(policy, text):
+    name = "no header" if text.startswith("[I]") else "plain"
+    with pytest.raises(TaskError, match="in a chat template already, since a message begins with"):
+        rendered(policy, TEMPLATES[name], {"role": "user", "content": text})
+    as_it_is = "{{ messages[0].content }}"
+    assert rendered(policy, as_it_is, {"role": "user", "content": text})[1] == text
+
+
+def test_a_turn_that_a_template_does_not_begin_is_begun_and_said(policy):
+    for name, added in (("no generation", OURS), ("no header", ""), ("plain", "")):
+        tokenizer, text = rendered(policy, TEMPLATES[name], ASKED)
+        assert turn_added(tokenizer, [ASKED], {}, "p") == added
+        bare = tokenizer.apply_chat_template([ASKED], tokenize=False, add_generation_prompt=True)
+        assert text == bare + added

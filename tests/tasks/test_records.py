@@ -73,6 +73,7 @@ SAME = {
     "semicolons.csv": "prompt;answer\nq\u2028;1\nLONG;2\n",
     "excel.csv": "sep=;\nprompt;answer\nq\u2028;1\nLONG;2\n",
     "tabs.csv": "prompt\tanswer\nq\u2028\t1\nLONG\t2\n",
+    "blank.csv": "\n\nprompt,answer\n\nq\u2028,1\n\nLONG,2\n",
     "tabs.tsv": "prompt\tanswer\nq\u2028\t1\nLONG\t2\n",
 }
 
@@ -96,14 +97,15 @@ def test_one_table_whatever_its_form_its_line_ends_and_its_length(tmp_path, name
 def test_text_parts_are_joined_and_a_chat_may_be_written_as_json(tmp_path):
     parts = [{"type": "text", "text": "What is ", "url": None}, {"type": "text", "text": "1+1?"}]
     chat = [{"role": "system", "content": []}, {"role": "user", "content": parts}]
-    rows = [{"prompt": chat, "answer": "2"}, {"prompt": json.dumps(chat), "answer": "2"}]
+    turned = json.dumps([dict(reversed(message.items())) for message in chat])
+    rows = [{"prompt": p, "answer": "2"} for p in (chat, json.dumps(chat), turned)]
     said = ({"role": "system", "content": ""}, {"role": "user", "content": "What is 1+1?"})
     for path in (
         write_jsonl(tmp_path / "p.jsonl", rows),
         write_parquet(tmp_path / "p.parquet", rows[:1]),
     ):
         task = load(path, eval_fraction=0, system_prompt="Ours.")
-        assert task.train_problem(0).messages == task.train_problem(1).messages == said
+        assert all(task.train_problem(i).messages == said for i in range(task.num_train))
 
 
 def test_chat_prompts_keep_their_messages_and_their_system_prompt(tmp_path):
@@ -370,6 +372,14 @@ BAD = {
         b'{"prompt":[{"role":"user","content":" "}],"answer":"b"}',
         ["line 1", "empty one of the user"],
     ),
+    "pictures.jsonl": (
+        b'{"prompt":"a","answer":"b","images":[]}\n{"prompt":"a","answer":"b","images":["x.png"]}',
+        ["line 2", "'images'", "text alone"],
+    ),
+    "shared.jsonl": (
+        b'{"prompt":"[{\\"from\\":\\"human\\",\\"value\\":\\"a\\"}]","answer":"b"}',
+        ["line 1", "name them 'role' and 'content'"],
+    ),
     "sharegpt.jsonl": (
         b'{"prompt":[{"from":"human","value":"a"}],"answer":"b"}',
         ["line 1", "'role' and 'content'"],
@@ -418,3 +428,18 @@ def test_an_empty_system_prompt_is_one(hundred):
     for spec in ("records", "arithmetic"):
         task = load_task(spec, seed=0, options=TaskOptions(**path))
         assert task.train_problem(0).messages[0] == {"role": "system", "content": ""}
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}] is JSON of what?', '[{"a": 1}]', '{"content": 1}'])
+def test_json_that_is_no_chat_is_a_question(tmp_path, text):
+    path = write_jsonl(tmp_path / "j.jsonl", [{"prompt": text, "answer": "1"}])
+    assert load(path).train_problem(0).messages == ({"role": "user", "content": text},)
+
+
+def test_an_answer_behind_its_beginning_is_right(tmp_path):
+    turns = (("user", "Capital?"), ("assistant", "It is "))
+    chat = [{"role": role, "content": content} for role, content in turns]
+    task = load(write_jsonl(tmp_path / "b.jsonl", [{"prompt": chat, "answer": "Paris"}]))
+    problem = task.train_problem(0)
+    texts = ("It is Paris.", "Paris", "It is not Paris")
+    assert [task.is_correct_strict(problem, text) for text in texts] == [True, True, False]
