@@ -9,20 +9,48 @@ from collections.abc import Iterator
 from lowmem_grpo.config import Config
 from lowmem_grpo.grpo.objective import CLIPPED
 from lowmem_grpo.section_grpo import GrpoConfig
+from lowmem_grpo.sections import RolloutConfig, TaskConfig
+from lowmem_grpo.tasks.mixture import split_mixture
 
 __all__ = ["idle_settings"]
 
 
 def idle_settings(config: Config) -> list[str]:
-    """A sentence for each setting of the objective without effect: its value, who set it, why."""
+    """A sentence for each setting of the objective, the task and the curriculum without effect: its
+    value, who set it, why.
+    """
     found = []
-    for keys, reason in _reasons(config.grpo):
-        for key in keys:
-            value, origin = getattr(config.grpo, key), config.sources.get(f"grpo.{key}")
-            if origin is not None and value != GrpoConfig.model_fields[key].default:
-                text = str(value).lower() if isinstance(value, bool) else value
-                found.append(f"grpo.{key} = {text} (from {origin}) has no effect: {reason}")
+    for section, reasons in (
+        ("grpo", _reasons(config.grpo)),
+        ("task", _reasons_of_task(config.task)),
+        ("rollout", _reasons_of_rollout(config.rollout)),
+    ):
+        values = getattr(config, section)
+        for keys, reason in reasons:
+            for key in keys:
+                value, name = getattr(values, key), f"{section}.{key}"
+                origin = config.sources.get(name)
+                if origin is not None and value != type(values).model_fields[key].default:
+                    text = str(value).lower() if isinstance(value, bool) else value
+                    found.append(f"{name} = {text} (from {origin}) has no effect: {reason}")
     return found
+
+
+def _reasons_of_task(task: TaskConfig) -> Iterator[tuple[list[str], str]]:
+    parts = [spec.partition(":") for _, spec in split_mixture(task.name)]
+    kinds = {kind for kind, _, _ in parts}
+    if not kinds & {"records", "gsm8k"}:
+        keys = ["path", "prompt_column", "answer_column", "eval_fraction", "eval_path", "shuffle"]
+        yield keys, f"task.name = {task.name}, which reads no file of yours"
+    elif all(path for kind, _, path in parts if kind == "records") and "gsm8k" not in kinds:
+        yield ["path"], f"task.name = {task.name} has a file"
+    if task.eval_path is not None:
+        yield ["eval_fraction"], "task.eval_path has the held-out problems"
+
+
+def _reasons_of_rollout(rollout: RolloutConfig) -> Iterator[tuple[list[str], str]]:
+    if rollout.curriculum == 1:
+        yield ["curriculum_field"], "rollout.curriculum = 1 takes every problem"
 
 
 def _reasons(grpo: GrpoConfig) -> Iterator[tuple[list[str], str]]:

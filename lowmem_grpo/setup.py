@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config import Config
+from lowmem_grpo.errors import TaskError, nearest
 from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.grpo.optimizer import build_optimizer, learning_rate_at
 from lowmem_grpo.hardware import Choice, Machine, choose_attention, choose_compute_dtype, detect
@@ -50,6 +51,7 @@ __all__ = [
 
 
 CHECKED = 200_000  # prompts
+LOOKED_AT = 64  # problems, for a field
 
 
 def choose(config: Config, head_dim: int | None = None) -> tuple[Machine, dict[str, Choice]]:
@@ -239,6 +241,7 @@ def check_prompts(
     r, batches = config.rollout, -(-config.run.steps // config.grpo.num_iterations)
     most = batches * r.problems_per_step * (1 + r.dynamic_sampling) * r.curriculum
     most = most if training is None else training
+    _check_level(task, config)
     first = task.train_problem(0)
     if added := turn_added(tokenizer, list(first.messages), template, first.id):
         say(
@@ -252,6 +255,22 @@ def check_prompts(
             prompt_ids(tokenizer, problem, longest, template)
     for line in left_out(task, config):
         say(line)
+
+
+def _check_level(task: Task, config: Config) -> None:
+    """Raises TaskError where no problem has the field that rates are kept by."""
+    r = config.rollout
+    if r.curriculum_field is None or r.curriculum == 1:
+        return
+    names: set[str] = set()
+    for index in range(LOOKED_AT):
+        names.update(task.train_problem(index).fields)
+        if r.curriculum_field in names:
+            return
+    raise TaskError(
+        f"rollout.curriculum_field = {r.curriculum_field}: no problem of {task.name} has it"
+        f"{nearest(r.curriculum_field, names)}; they have: {', '.join(sorted(names)) or 'none'}"
+    )
 
 
 def open_rewards(config: Config, task: Task, output: Output | None = None) -> list[Reward]:

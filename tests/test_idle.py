@@ -50,6 +50,30 @@ def test_what_has_no_effect_is_told_and_nothing_else(settings, idle):
     assert len(lines) == len(idle)
 
 
+@pytest.mark.parametrize(
+    ("sections", "idle"),
+    [
+        ({"task": {"path": "a.jsonl"}}, {"task.path"}),
+        ({"task": {"name": "gsm8k", "path": "a.jsonl", "prompt_column": "q"}}, set()),
+        ({"task": {"name": "records", "path": "a.jsonl", "shuffle": False}}, set()),
+        ({"task": {"name": "records:b.jsonl", "path": "a.jsonl"}}, {"task.path"}),
+        ({"task": {"name": "2*arithmetic + records", "path": "a.jsonl"}}, set()),
+        (
+            {"task": {"name": "countdown", "eval_path": "b", "answer_column": "x"}},
+            {"task.eval_path", "task.answer_column"},
+        ),
+        (
+            {"task": {"name": "records:a", "eval_path": "b", "eval_fraction": 0.2}},
+            {"task.eval_fraction"},
+        ),
+        ({"rollout": {"curriculum_field": "level"}}, {"rollout.curriculum_field"}),
+        ({"rollout": {"curriculum_field": "level", "curriculum": 2}}, set()),
+    ],
+)
+def test_what_a_task_does_not_read_is_told(sections, idle):
+    assert names(idle_settings(build_config([("--set", sections)]))) == idle
+
+
 def test_a_line_names_the_value_who_set_it_and_why():
     (line,) = told("run.toml", loss_type="sapo", epsilon=0.1)
     assert line.startswith("grpo.epsilon = 0.1 (from run.toml) has no effect: ")

@@ -105,3 +105,13 @@ def test_an_evaluation_without_problems_is_refused_before_anything_is_loaded(
         config = build_config([("test", {**settings, "task": {"name": f"records:{path}"}})])
         with pytest.raises(TaskError, match="holds out no") if every else nullcontext():
             check_prompts(open_task(config), config)
+
+
+def test_a_level_that_no_problem_has_is_refused(tiny_model_dir):
+    for field, refused in (("operands", False), ("operand", True)):
+        rollout = {"curriculum": 2, "curriculum_field": field}
+        model = {"name": str(tiny_model_dir)}
+        config = build_config([("test", {"model": model, "rollout": rollout})])
+        says = r"operand: no problem of arithmetic has it \(did you mean 'operands'\?\)"
+        with pytest.raises(TaskError, match=says) if refused else nullcontext():
+            check_prompts(open_task(config), config)
