@@ -28,6 +28,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.load import load_in_4_bits
+from lowmem_grpo.policy.quantised import left_in_16_bits
 from lowmem_grpo.policy.skeleton import make_4_bit, read_model_config
 from lowmem_grpo.quiet import quiet_libraries
 
@@ -184,7 +185,8 @@ def classifier_without_weights(name: str, config, dtype: torch.dtype):
         with quiet_libraries():
             model = _on_meta(config, dtype)
             with torch.device("meta"):
-                make_4_bit(model, dtype, list(_head(model).values()))
+                left = left_in_16_bits(model, config)
+                make_4_bit(model, dtype, [*left, *_head(model).values()])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # What a configuration must hold beyond the usual is its architecture's own affair.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ transformers would read on: a broken `generation_config.json` is to it as one th
 a NaN in a weight is a number once it is rounded to four bits.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ from lowmem_grpo.policy.source import INDEX, WEIGHTS, read_object, weight_map
 
 __all__ = [
     "broken_file", "check_ends", "check_layers", "check_tokenizer_config", "check_tokens",
-    "check_weights", "own_code", "own_tokenizer",
+    "check_weights", "own_code", "own_tokenizer", "weight_files",
+    "weight_names",
 ]  # fmt: skip
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -65,7 +67,7 @@ def broken_file(source: str) -> str:
                 return f" ({file})"
         elif name == TOKENIZER:
             return f" (there is no {name})"
-    for file in _weight_files(source):
+    for file in weight_files(source):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -75,27 +77,34 @@ def broken_file(source: str) -> str:
 
 
 def check_weights(
-    source: str, name: str, plain: Collection[str], unused: Collection[str] = ()
+    source: str,
+    name: str,
+    dtype: torch.dtype,
+    plain: Collection[str],
+    packed: Collection[str] = (),
+    unused: Collection[str] = (),
 ) -> None:
-    """Read the weights once more: raises ModelError for one that is NaN or infinite, and for one of
-    `plain` that is of whole numbers. What is `unused` may be anything. `source`: a directory, or a
-    Hub id whose files are in the cache.
+    """Read the weights once more: raises ModelError for one that is NaN or infinite, or would be
+    in `dtype`, and for one of `plain` that is of whole numbers. The bytes of 4-bit weights, which
+    are `packed`, are no numbers, whatever dtype they are stored as. What is `unused` may be
+    anything. `source`: a directory, or a Hub id whose files are in the cache.
     """
-    for path in _weight_files(source):
+    for path in weight_files(source):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, which is no dict
-                    if key in unused:
+                    if key in unused or key in packed:
                         continue
                     what = f"{name}: the weight {key} in {path.name}"
                     weight = file.get_slice(key)
                     scalar = file.get_tensor(key) if not weight.get_shape() else None
-                    _check_weight(weight, scalar, what, key in plain)
+                    most = torch.finfo(dtype).max if key in plain else math.inf
+                    _check_weight(weight, scalar, what, key in plain, most)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read {path}: {error}") from error
 
 
-def _check_weight(weight, scalar: torch.Tensor | None, what: str, plain: bool) -> None:
+def _check_weight(weight, scalar: torch.Tensor | None, what: str, plain: bool, most: float) -> None:
     shape, kind = weight.get_shape(), weight.get_dtype()
     if kind not in ("F64", "F32", "F16", "BF16"):
         if plain:
@@ -107,17 +116,40 @@ def _check_weight(weight, scalar: torch.Tensor | None, what: str, plain: bool) -
     for start in range(0, shape[0] if shape else 1, step):
         part = weight[start : start + step] if scalar is None else scalar
         # One pass without a copy; what is no number carries through.
-        if not all(end.isfinite() for end in part.aminmax()):
+        ends = [end.item() for end in part.aminmax()]
+        if not all(map(math.isfinite, ends)):
             raise ModelError(f"{what} has values that are NaN or infinite: fetch the file again")
+        if max(map(abs, ends)) > most:
+            raise ModelError(
+                f"{what} has the value {max(ends, key=abs):.4g}, more than float16 holds: set "
+                "model.compute_dtype to bfloat16 or float32"
+            )
 
 
-def _weight_files(source: str) -> list[Path]:
-    """Those that transformers reads."""
+def weight_files(source: str) -> list[Path]:
+    """The files that transformers reads the weights of a model from; none where `source` is a Hub
+    id of which one is not in the cache.
+    """
     if single := _file(source, WEIGHTS):
         return [single]
     index = _file(source, INDEX)
     names = sorted(set(weight_map(index).values())) if index else []
-    return [index.parent / name for name in names]
+    if Path(source).is_dir():
+        return [index.parent / name for name in names]
+    files = [_file(source, name) for name in names]
+    return [file for file in files if file] if all(files) else []
+
+
+def weight_names(source: str) -> list[str]:
+    """The names of all weights in those files. Raises ModelError where one cannot be read."""
+    found = []
+    for path in weight_files(source):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found += file.keys()
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from error
+    return found
 
 
 def check_layers(name: str, unexpected: Iterable[str], own: Iterable[str]) -> None:

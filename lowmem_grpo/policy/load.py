@@ -29,14 +29,16 @@ from lowmem_grpo.policy.files import (
     check_tokens,
     check_weights,
     own_tokenizer,
+    weight_names,
 )
-from lowmem_grpo.policy.source import resolve
+from lowmem_grpo.policy.quantised import own_names, quantisation
+from lowmem_grpo.policy.source import fetch, resolve
 from lowmem_grpo.quiet import quiet_libraries
 from lowmem_grpo.text_files import read_text
 
 __all__ = [
-    "check_forward", "check_quantisation", "load_in_4_bits", "load_policy", "load_tokenizer",
-    "nf4_config", "read_tokenizer", "share_inputs",
+    "check_forward", "load_in_4_bits", "load_policy", "load_tokenizer", "nf4_config",
+    "read_tokenizer", "share_inputs",
 ]  # fmt: skip
 
 # What is checked: the tokens of a prompt, of its completions, and of an MLP's tile.
@@ -168,16 +170,6 @@ def read_tokenizer(name: str, chat_template: str | None, setting: str, way_out: 
     return tokenizer
 
 
-def check_quantisation(name: str, fields: dict) -> None:
-    """Raises ModelError unless a model's `quantization_config` is bitsandbytes' 4 bits."""
-    method = fields.get("quant_method")
-    if method != "bitsandbytes" or not fields.get("load_in_4bit"):
-        raise ModelError(
-            f"{name} is quantised by {method}, not in bitsandbytes' 4 bits: "
-            "use its 16-bit or bitsandbytes NF4 weights"
-        )
-
-
 def _template_in(text: str) -> str:
     """The template of a file, which may be JSON that has it, like a tokenizer_config.json. Raises
     ValueError for other JSON.
@@ -215,15 +207,16 @@ def load_in_4_bits(
     """The model called `name` as one of transformers' Auto class `kind`, with NF4 layers but for
     those named in `skip`. `attention`: another than transformers would choose. Raises ModelError.
     """
-    source, quantised = resolve(name), getattr(config, "quantization_config", None)
-    if quantised is not None:
-        fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        check_quantisation(name, fields)
+    source = resolve(name)
+    if getattr(config, "quantization_config", None) is not None and not Path(source).is_dir():
+        source = str(fetch(name))  # whose tensors say which layers are in 4 bits
     try:
+        stored = quantisation(name, source, kind, config)
+        packed = _take(config, stored)
         model, info = kind.from_pretrained(
             source,
             config=config,
-            quantization_config=None if quantised is not None else nf4_config(dtype, skip),
+            quantization_config=None if packed else nf4_config(dtype, skip),
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attention,
@@ -242,18 +235,38 @@ def load_in_4_bits(
         count, first = len(info["missing_keys"]), min(info["missing_keys"])
         raise ModelError(f"{name}: {count} weights are missing from its files, first {first}")
     check_layers(name, info["unexpected_keys"], model.state_dict())
-    plain = () if quantised is not None else {n for n, _ in model.named_parameters()}
-    check_weights(source, name, plain, info["unexpected_keys"])
-    if quantised is not None:
+    own, parameters = own_names(model, weight_names(source)), dict(model.named_parameters())
+    packed = {weight for weight, mine in own.items() if mine.removesuffix(".weight") in packed}
+    plain = {weight for weight, mine in own.items() if mine in parameters}
+    check_weights(source, name, dtype, plain - packed, packed, info["unexpected_keys"])
+    if packed:
         _set_dtype(model, dtype)
     return model
 
 
+def _take(config, stored: dict | None) -> dict:
+    """Let a configuration say how the files of its model are quantised; returns the layers in 4
+    bits.
+    """
+    if stored is None:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # of files whose weights are plain all the same
+        return {}
+    packed = stored.pop("packed")
+    config.quantization_config = stored
+    return packed
+
+
 def _set_dtype(model, dtype):
-    """Files that are 4-bit already keep their own dtypes, whatever `from_pretrained` is asked."""
+    """Files that are 4-bit already keep their own dtypes, whatever `from_pretrained` is asked. The
+    bytes of weights may be stored as numbers of several bytes, for trainers that shard them; here
+    they are bytes.
+    """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = module.weight.quant_state.dtype = dtype
+            module.weight.data = module.weight.data.view(torch.uint8).view(-1, 1)
+            module.weight.quant_storage = module.quant_storage = torch.uint8
     for parameter in model.parameters():
         if not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(dtype)

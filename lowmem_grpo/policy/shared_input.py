@@ -197,6 +197,7 @@ def _inference_layer(layers: list[LoraLinear4bit], dtype: torch.dtype):
         and dtype == torch.bfloat16
         and bases[0].support_avx512bf16_for_cpu
         and all(state.blocksize == BLOCK for state in states)
+        and len({state.quant_type for state in states}) == 1
         and inside % BLOCK == 0  # no block of one row's weights reaches into the next row
         and outside % KERNEL_ROWS == 0
         and len(biases) in (0, len(bases))

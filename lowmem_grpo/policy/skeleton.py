@@ -18,7 +18,12 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -30,13 +35,13 @@ from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.files import own_code
-from lowmem_grpo.policy.load import check_quantisation
+from lowmem_grpo.policy.quantised import left_in_16_bits, packing, quantisation
 from lowmem_grpo.policy.source import DEMO, resolve
 from lowmem_grpo.quiet import quiet_libraries
 
 __all__ = ["fill", "make_4_bit", "read_model_config", "skeleton_policy", "without_weights"]
 
-BLOCK, NESTED_BLOCK = 64, 256
+NESTED_BLOCK = 256
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -72,10 +77,18 @@ def read_model_config(name: str):
             config = AutoConfig.for_model(**{**fields, "attention_dropout": 0.0})
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"cannot read {path}: {_last_line(error)}") from error
-    quantised = fields.get("quantization_config")
-    if isinstance(quantised, dict):
-        check_quantisation(name, quantised)
+    stored = quantisation(name, str(path.parent), _class_of(config), config)
+    if stored is not None:
+        config.quantization_config = stored
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config  # of files whose weights are plain all the same
     return config
+
+
+def _class_of(config):
+    kinds = config.architectures or ()
+    classifies = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
 def skeleton_policy(
@@ -133,7 +146,7 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION
             ).requires_grad_(False)
-            make_4_bit(model, dtype, [model.get_output_embeddings()])
+            make_4_bit(model, dtype, left_in_16_bits(model, config))
             peft_model = attach_adapters(model, adapters, seed=0).train()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # What a configuration must hold beyond the usual is its architecture's own affair.
@@ -149,14 +162,20 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
 
 
 def make_4_bit(model, dtype: torch.dtype, left: Sequence[torch.nn.Module]) -> None:
-    """Put a 4-bit layer in the place of each linear one but those that are `left`."""
+    """Put a 4-bit layer in the place of each linear one but those that are `left`, stored as the
+    model's configuration says.
+    """
     for name, linear in list(model.named_modules()):
         if linear in left or type(linear) not in (torch.nn.Linear, Conv1D):
             continue
         out, inside = linear.weight.shape
         if isinstance(linear, Conv1D):  # which has its weight the other way round
             out, inside = inside, out
-        layer = bnb.nn.Linear4bit(inside, out, linear.bias is not None, dtype)
+        stored = packing(name, model.config)
+        layer = bnb.nn.Linear4bit(
+            inside, out, linear.bias is not None, dtype, stored.nested, stored.kind
+        )
+        layer.weight.blocksize = stored.blocksize
         if linear.bias is not None:
             layer.bias = linear.bias
         model.set_submodule(name, layer)
@@ -200,21 +219,24 @@ def _quantised(layer, device: str, dtype: torch.dtype) -> torch.nn.Parameter:
     shape = torch.Size((layer.out_features, layer.in_features))
     whole = empty(shape, dtype=dtype)
     weight = torch.nn.Parameter(empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), False)
-    blocks = math.ceil(shape.numel() / BLOCK)
-    second = QuantState(
-        empty(math.ceil(blocks / NESTED_BLOCK)),
-        code=empty(256),
-        blocksize=NESTED_BLOCK,
-        dtype=torch.float32,
-    )
+    stored = layer.weight
+    blocks = math.ceil(shape.numel() / stored.blocksize)
+    second = None
+    if stored.compress_statistics:
+        second = QuantState(
+            empty(math.ceil(blocks / NESTED_BLOCK)),
+            code=empty(256),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
     weight.quant_state = QuantState(
-        empty(blocks, dtype=torch.uint8),
+        empty(blocks, dtype=torch.uint8 if second else torch.float32),
         shape=shape,
         code=empty(16),
-        blocksize=BLOCK,
-        quant_type="nf4",
+        blocksize=stored.blocksize,
+        quant_type=stored.quant_type,
         dtype=dtype,
-        offset=empty(()),
+        offset=empty(()) if second else None,
         state2=second,
     )
     del whole

@@ -55,7 +55,7 @@ def resolve(name: str) -> str:
             raise ModelError(f"{DEMO} is not in {directory}: run `lowmem-grpo model fetch {DEMO}`")
         return str(directory)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"no such GGUF file: {name}")
         return str(_unpacked(path))

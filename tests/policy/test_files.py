@@ -147,7 +147,7 @@ def test_weights_that_cannot_be_read_are_named(model):
     in_two_files(model)
     file = model / "model-1.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    assert f"({file})" in refusal(open_policy, model)
+    assert f"cannot read {file}: " in refusal(open_policy, model)
 
 
 def test_an_adapter_beside_a_model(model):

@@ -160,6 +160,12 @@ def test_a_gguf_file_is_the_model_it_was_made_of(cache, gguf_file, qwen, monkeyp
     assert resolve(str(gguf_file)) == directory  # the second time it is there
 
 
+@pytest.mark.parametrize("end", [".GGUF", ".Gguf"])
+def test_the_end_of_a_name_in_capitals(cache, gguf_file, tmp_path, end):
+    (tmp_path / f"tiny{end}").write_bytes(gguf_file.read_bytes())
+    assert (Path(resolve(str(tmp_path / f"tiny{end}"))) / "config.json").is_file()
+
+
 def test_a_replaced_gguf_file_is_another_model(cache, gguf_file, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_unpack_gguf", lambda path, target: None)
     copy = tmp_path / "tiny.gguf"
