@@ -16,6 +16,7 @@ from lowmem_grpo.cli_export import export
 from lowmem_grpo.cli_machine import doctor, model, profiles
 from lowmem_grpo.cli_memory import memory, plan
 from lowmem_grpo.cli_options import (
+    ADAPTER,
     BEST,
     JSON,
     QUIET,
@@ -78,7 +79,7 @@ for command in (doctor, export, memory, model, plan, profiles, rollouts, score):
 
 
 @main.command()
-@options(SHARED, SHAPE, TRAIN)
+@options(SHARED, ADAPTER, SHAPE, TRAIN)
 @click.option(
     "--reward",
     "rewards",
@@ -142,7 +143,7 @@ def train(
 
 
 @main.command(name="eval")
-@click.argument("target", metavar="RUN|MODEL")
+@click.argument("target", metavar="RUN|MODEL|ADAPTER")
 @click.option("--profile", default="auto", help="For a model: auto, a name, or a file.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting."
@@ -213,7 +214,7 @@ def evaluate(target, profile, assignments, best, base, show, as_json, quiet, **f
 
 
 @main.command()
-@click.argument("target", metavar="RUN|MODEL")
+@click.argument("target", metavar="RUN|MODEL|ADAPTER")
 @click.argument("prompt", required=False)
 @click.option(
     "-n", "count", type=click.IntRange(min=1), default=1, help="Completions.", show_default=True

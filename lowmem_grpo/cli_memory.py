@@ -6,6 +6,7 @@ import click
 
 from lowmem_grpo.allocator_options import read_options
 from lowmem_grpo.cli_options import (
+    ADAPTER,
     JSON,
     QUIET,
     SHAPE,
@@ -73,7 +74,7 @@ def report(target: Path, output: Path | None, device: int | None, as_json: bool)
 
 
 @memory.command()
-@options(SHARED, SHAPE)
+@options(SHARED, ADAPTER, SHAPE)
 @click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--snapshot", type=click.Path(path_type=Path), help="Keep CUDA's history there.")
 @JSON
@@ -107,7 +108,7 @@ def profile(run_file, profile, assignments, steps, snapshot, as_json, quiet, **f
 
 
 @click.command()
-@options(SHARED, SHAPE)
+@options(SHARED, ADAPTER, SHAPE)
 @click.option(
     "--solve",
     type=click.Choice(["max_completion_length", "num_generations"]),

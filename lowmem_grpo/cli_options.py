@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowmem_grpo.config import Config
 
 __all__ = [
+    "ADAPTER",
     "JSON",
     "QUIET",
     "SHAPE",
@@ -66,6 +67,9 @@ SHAPE = (
     setting("--max-prompt-length", "rollout.max_prompt_length", int, help="In tokens."),
     setting("--max-completion-length", "rollout.max_completion_length", int, help="In tokens."),
 )
+ADAPTER = (
+    setting("--adapter", "model.adapter", help="A LoRA adapter to start from, in PEFT's format."),
+)
 TRAIN = (
     setting("--steps", "run.steps", int, help="Optimizer steps."),
     setting("--output", "run.output", help="The run directory."),
@@ -102,13 +106,15 @@ def read_config(
     flags: dict[str, Any],
     say: Callable[[str], None] = lambda text: None,
 ) -> Config:
-    """Defaults < profile < run file < --set and flags; no profile when it is None.
+    """Defaults < profile < run file < --set and flags; no profile when it is None, and the file is
+    a run's own. A run that starts from an adapter has that adapter's settings.
 
     `say` is told which profile was chosen and why.
     """
     from lowmem_grpo.allocator_options import read_options
 
     read_options()  # before torch, which some mistakes in them abort while it is loaded
+    from lowmem_grpo.adapter_config import started
     from lowmem_grpo.config import load_config, parse_assignment, read_toml
     from lowmem_grpo.hardware import detect
     from lowmem_grpo.profiles import choose_profile
@@ -127,7 +133,8 @@ def read_config(
         chosen = choose_profile(profile, detect(device))
         say(f"profile {chosen.value.name}: {chosen.reason}")
         base = f"profile {chosen.value.name}", chosen.value.settings
-    return load_config(run_file, profile=base, assignments=layers)
+    config = load_config(run_file, profile=base, assignments=layers)
+    return config if profile is None else started(config)
 
 
 def print_document(document: Any) -> None:
@@ -148,17 +155,27 @@ def read_target(
     best: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[Config, Path | None]:
-    """The configuration of a run and its adapter, or that of a plain model and None. `warn` is told
-    of checkpoints that are damaged.
+    """The configuration of a run and its adapter, that of an adapter and itself, or that of a plain
+    model and None. `warn` is told of checkpoints that are damaged.
     """
-    from lowmem_grpo.errors import ConfigError
-    from lowmem_grpo.run.export import adapter_directory
+    from lowmem_grpo.allocator_options import read_options
 
-    saved = Path(target) / "config.toml"
-    if saved.is_file():
-        adapter = adapter_directory(Path(target), best, warn)
-        return read_config(str(saved), None, assignments, flags), adapter
+    read_options()  # before torch
+    from lowmem_grpo.adapter_config import with_adapter
+    from lowmem_grpo.errors import ConfigError
+    from lowmem_grpo.policy.adapter_files import is_adapter, read_adapter_file
+    from lowmem_grpo.run.export import adapter_directory, run_of
+
+    path = Path(target)
+    if (path / "config.toml").is_file():
+        adapter = adapter_directory(path, best, warn)
+        return read_config(str(path / "config.toml"), None, assignments, flags), adapter
     if best:
         raise ConfigError(f"--best: {target} is not a run")
+    if is_adapter(path):
+        if (run := run_of(path)) is not None:
+            return read_config(str(run / "config.toml"), None, assignments, flags), path
+        config = read_config(None, profile, assignments, flags, say)
+        return with_adapter(config, read_adapter_file(path)), path
     flags = {"model__name": target, **flags}
     return read_config(None, profile, assignments, flags, say), None

@@ -73,6 +73,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.pool = {r.pool} was sampled by the base: use grpo.old_policy = base"
             )
+        if self.model.adapter is not None and self.grpo.old_policy == "base":
+            raise ValueError(
+                f"model.adapter = {self.model.adapter}: grpo.old_policy = base samples from the "
+                "base without it: use grpo.old_policy = sampler"
+            )
         if self.rewards.step_separator:
             for key in ("multi_objective_aggregation", "scale_rewards", "baseline"):
                 value = getattr(self.grpo, key)
@@ -104,6 +109,13 @@ class Config(Section):
         changed = {s: getattr(self, s).model_copy(update=v) for s, v in sections.items()}
         sources = {**self.sources, **dict.fromkeys(values, origin)}
         return self.model_copy(update={**changed, "sources": sources})
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the reference is the base with a copy of the adapters: that of a run that starts
+        from an adapter, and one that follows the policy.
+        """
+        return self.grpo.moves_reference or bool(self.model.adapter and self.grpo.beta)
 
     @property
     def chosen(self) -> list[str]:

@@ -66,6 +66,10 @@ def _check_value(value: Any, name: str | None) -> None:
 class ModelConfig(Section):
     name: str = "smollm2-135m"
     """Hub id, local directory, .gguf file, or smollm2-135m (the demo model)."""
+    adapter: str | None = None
+    """A directory with a LoRA adapter to start from, in PEFT's format. The reference is the base
+    with that adapter, and the section lora is the adapter's.
+    """
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -77,7 +81,8 @@ class ModelConfig(Section):
     lm_head_kernels: Literal["torch", "triton"] = "torch"
     """What makes the passes over the head's tiles. triton has not been run on a card yet."""
     chat_template: str | None = None
-    """A file with a chat template, for a model that has none."""
+    """A file with a chat template, for a model that has none; or a tokenizer_config.json with one.
+    """
     chat_template_kwargs: dict[str, Any] = {}
     """What the chat template is given beside the messages, like {enable_thinking = false}."""
 

@@ -299,10 +299,18 @@ def reward_models(config: Config) -> list[ModelSpec]:
     return [parse_spec(spec, _conversation(config)) for spec in specs]
 
 
-def open_models(config: Config, rewards: list[Reward], say=lambda text: None) -> Policy:
-    """Load the reward models, which leave the device as it was, and the policy as configured."""
+def open_models(
+    config: Config, rewards: list[Reward], say=lambda text: None, adapter: Path | None = None
+) -> Policy:
+    """Load the reward models, which leave the device as it was, and the policy as configured, with
+    fresh adapters or those of a directory. Where the reference is not the base alone, it is the
+    policy as it is now.
+    """
     load_models([reward.function for reward in rewards if reward.here], config, say)
-    return open_policy(config, say)
+    policy = open_policy(config, say, adapter)
+    if config.keeps_reference:
+        policy.keep_reference()
+    return policy
 
 
 def load_models(models: list[ModelReward], config: Config, say=lambda text: None) -> None:

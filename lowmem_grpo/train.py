@@ -107,12 +107,10 @@ def train(
         resumed = Resumed(run.path if resume else None, config, allow_changed, console)
 
         # LOAD
-        policy = open_models(config, rewards, console.say)
+        policy = open_models(config, rewards, console.say, resumed.adapter)
         texts = texts_of(config, policy.tokenizer)
         for line in texts.lines(task.train_problem(0)):
             console.say(line)
-        if config.grpo.moves_reference:
-            policy.keep_reference()
         base_name = resolve(config.model.name)
         parameters = list(policy.adapter_parameters().values())
         optimizer = open_optimizer(config, parameters)

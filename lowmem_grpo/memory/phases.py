@@ -137,7 +137,7 @@ class Phases:
         step = [event for event in events if event.phase != "load"]
         repeated = again(step) if steps > 1 else []
         copied = score.kept
-        if config.grpo.moves_reference:  # which a checkpoint copies, too
+        if config.keeps_reference:  # which a checkpoint copies, too
             copied += score.kept * self._dtype.itemsize // torch.float32.itemsize
         host = load.host + score.host + sum(model.host for model in models)
         return Traced(events + repeated, copied, optimizer.kept, host)
@@ -266,7 +266,7 @@ class Phases:
             if bits == 8:
                 self._policy.round_head()
             loaded = len(recorder.events)
-            if self._config.grpo.moves_reference:
+            if self._config.keeps_reference:
                 self._policy.keep_reference()
         self._policies[self._ends] = self._policy
         layers = layers_by_name(recorder.events[:weights]) + recorder.layers[weights:loaded]

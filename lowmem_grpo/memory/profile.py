@@ -47,8 +47,11 @@ def profile(
         with gauge:
             with gauge.phase("load"):
                 load_models(models, config, say)
-                policy = open_policy(config, say)
-                if config.grpo.moves_reference:
+                adapter = config.model.adapter
+                policy = open_policy(
+                    config, say, None if adapter is None else Path(adapter).expanduser()
+                )
+                if config.keeps_reference:
                     policy.keep_reference()
             gauge.adopt(alive(policy, models=models), policy.model)
             policy.release()

@@ -29,6 +29,9 @@ from pathlib import Path
 
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
 
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.activations import (
@@ -45,6 +48,7 @@ from lowmem_grpo.policy.ends import HostTable, RoundedHead, embedding_to_host, r
 from lowmem_grpo.policy.logprobs import full_logits, token_logprobs
 from lowmem_grpo.policy.lora import ADAPTER, LoraLinear4bit
 from lowmem_grpo.policy.mlp import tile_mlps
+from lowmem_grpo.policy.reference import KeptReference
 from lowmem_grpo.policy.sampling_layers import last_hidden, sampling_layers
 from lowmem_grpo.policy.shared_input import SharedInput, few, find
 
@@ -71,7 +75,7 @@ class Policy:
         self.said: list[str] = []  # choices that were made while loading, a line each
         self._offloading = self._overlapping = False
         self._shared: list[SharedInput] = []
-        self._keeping: list[LoraLinear4bit] = []  # layers with a copy of their adapter
+        self._kept: KeptReference | None = None
         self._sampling = False
         self.sampling_layers = None
         self.causal_lm = model.get_base_model()
@@ -88,15 +92,13 @@ class Policy:
     @contextlib.contextmanager
     def as_reference(self):
         """Adapters off, no gradients: the base; or with the adapters that were kept."""
-        if self._keeping:
-            for layer in self._keeping:
-                layer.referring = True
+        if self._kept is not None:
+            self._kept.refer(True)
             try:
                 with torch.no_grad():
                     yield
             finally:
-                for layer in self._keeping:
-                    layer.referring = False
+                self._kept.refer(False)
             return
         self.model.base_model.disable_adapter_layers()
         try:
@@ -132,40 +134,24 @@ class Policy:
         return [m for m in self.model.modules() if isinstance(m, LoraLinear4bit)]
 
     def keep_reference(self) -> None:
-        """From here on the reference is the base with a copy of the adapters, which is made now.
-        Raises ModelError where there are adapters on layers that are not in 4 bits.
-        """
-        self._keeping = self._adapted()
-        if 2 * len(self._keeping) != len(self.adapter_parameters()):
-            raise ModelError(
-                "grpo.sync_ref_model = true: adapters on layers that are not in 4 bits have no "
-                "copy to refer to; leave those out of lora.target_modules"
-            )
-        for layer in self._keeping:
-            layer.keep_reference(self.dtype)
+        """From here on the reference is the base with a copy of the adapters, which is made now."""
+        self._kept = KeptReference(self.model, self.dtype)
 
     def sync_reference(self) -> None:
         """Move a kept reference to the policy as it is now."""
-        for layer in self._keeping:
-            layer.sync_reference()
+        if self._kept is not None:
+            self._kept.sync()
 
     def reference_state(self) -> dict[str, torch.Tensor]:
         """The kept reference's adapters by name, copies on the CPU; nothing where none is kept."""
-        return {n: t.to("cpu", copy=True) for n, t in self._reference().items()}
+        kept = {} if self._kept is None else self._kept.tensors()
+        return {name: tensor.to("cpu", copy=True) for name, tensor in kept.items()}
 
     def load_reference_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put a saved reference in the place of the kept one. Raises ModelError where it does not
         fit.
         """
-        own = self._reference()
-        if own.keys() != state.keys() or any(own[n].shape != t.shape for n, t in state.items()):
-            raise ModelError("the saved reference does not fit this model's adapters")
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
-
-    def _reference(self) -> dict[str, torch.Tensor]:
-        named = self.model.named_buffers() if self._keeping else ()
-        return {name: buffer for name, buffer in named if ".lora_reference_" in name}
+        self._kept.load(state)
 
     def tensors_beside(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept on the device beside the model, by name: the sampler's, a head in 8 bits."""
@@ -289,16 +275,47 @@ class Policy:
     def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put saved adapters in place. Raises ModelError where they do not fit this model."""
         own = self._named_adapters()
+        state = self._in_these_names(state, own)
         if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
+            missing, more = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
             raise ModelError(
-                f"the adapter does not fit this model: {len(odd)} tensors differ, first {odd[0]}"
+                f"the adapter does not fit this model: {len(missing) + len(more)} tensors differ, "
+                f"first {(missing or more)[0]}, which {'it lacks' if missing else 'is no layer'}"
             )
         for name, tensor in state.items():
             if own[name].shape != tensor.shape:
                 shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
                 raise ModelError(f"the adapter does not fit this model: {name} is {shapes}")
         set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+
+    def _in_these_names(self, state, own) -> dict[str, torch.Tensor]:
+        """An adapter's tensors without copies of the base's that it brings along (an embedding's),
+        and with those of experts as this version of transformers holds them.
+        """
+        base = {
+            n.replace(".base_layer.", "."): p
+            for n, p in self.causal_lm.named_parameters()
+            if p.is_floating_point() and "lora_" not in n
+        }
+        kept = {}
+        for name, tensor in state.items():
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            copied = base.get(plain) if "lora_" not in name else None
+            if copied is None or copied.shape != tensor.shape:
+                kept[name] = tensor
+            elif not torch.equal(copied.cpu(), tensor.to(copied.dtype)):
+                raise ModelError(
+                    f"the adapter brings {name}, which is not the base's: merge it into its base, "
+                    "and train on that"
+                )
+        if kept.keys() == own.keys():
+            return kept
+        try:
+            return convert_peft_adapter_state_dict_for_transformers(
+                self.causal_lm, self.model.peft_config[ADAPTER], kept, ADAPTER
+            )
+        except (KeyError, RuntimeError, ValueError):
+            return kept
 
     def _named_adapters(self) -> dict[str, torch.Tensor]:
         # Without the embedding that an adapter is on, which PEFT would write beside it.

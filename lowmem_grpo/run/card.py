@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from lowmem_grpo.run.directory import read_lines
+from lowmem_grpo.run.sharing import SharedBase, shared_base
 
 __all__ = ["model_card"]
 
@@ -12,20 +13,32 @@ ROWS = 10  # of the table of rewards
 OUTPUT = "run", "output"  # a path of the machine it ran on
 
 
-def model_card(run_path: Path, config, what: str, step: int) -> str:
+def model_card(
+    run_path: Path,
+    config,
+    what: str,
+    step: int,
+    base: SharedBase | None = None,
+    use: str | None = None,
+) -> str:
     """The card of `what` was exported ("LoRA adapter", "merged 16-bit model") from a run, as it was
-    after `step`.
+    after `step`. `base`: by another name than the run's; `use`: how it is loaded, in Markdown.
     """
+    base = shared_base(config.model.name) if base is None else base
     metrics = _lines(run_path / "metrics.jsonl", step)
     evaluations = _lines(run_path / "eval.jsonl", step)
-    base, task = config.model.name, config.task.name
+    named = f"base_model: {base.name}\n" if base.is_public else ""
     parts = [
-        f"---\nbase_model: {base}\nlibrary_name: {'peft' if 'adapter' in what else 'transformers'}",
+        f"---\n{named}library_name: {'peft' if 'adapter' in what else 'transformers'}",
         "tags: [grpo, lora, lowmem-grpo]\n---\n",
         f"# {run_path.name}\n",
-        f"A {what} trained by GRPO (arXiv 2402.03300) from {base} in NF4 on `{task}`, "
-        f"{len(metrics)} steps, by lowmem-grpo.\n",
+        f"A {what} trained by GRPO (arXiv 2402.03300) from {base.name} in NF4 on "
+        f"`{config.task.name}`, {len(metrics)} steps, by lowmem-grpo.\n",
     ]
+    if base.remark is not None:
+        parts += [f"Note: {base.remark}.\n"]
+    if use is not None:
+        parts += ["## Use\n", use]
     if evaluations:
         parts += ["## Held-out problems\n", *_accuracies(evaluations), ""]
     if metrics:

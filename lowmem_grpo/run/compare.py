@@ -13,16 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_grpo.errors import ExportError
+from lowmem_grpo.policy.load import load_in_4_bits
 from lowmem_grpo.policy.plain import PlainTensors, own_tensors
+from lowmem_grpo.policy.source import resolve
 from lowmem_grpo.quiet import quiet_libraries
 
 __all__ = [
-    "Difference", "Probed", "check_plain", "check_probed", "compare", "plain_logits",
-    "probe_policy", "read_plain",
+    "Difference", "Probed", "check_adapter", "check_plain", "check_probed", "compare",
+    "plain_logits", "probe_policy", "read_plain",
 ]  # fmt: skip
 
 ROWS = 64  # whose float64 log-probs are held at once
@@ -66,11 +71,12 @@ class Difference:
 @dataclass(frozen=True)
 class Probed:
     """What a policy said of the texts of a probe: of each the token ids, and the logits [T, V],
-    float32 on the CPU.
+    float32 on the CPU. `dtype`: the policy's.
     """
 
     texts: list[list[int]]
     logits: list[torch.Tensor]
+    dtype: torch.dtype
 
 
 def probe_policy(policy, reference: bool = False) -> Probed:
@@ -88,7 +94,7 @@ def probe_policy(policy, reference: bool = False) -> Probed:
             hidden_TD = policy.hidden(ids_T, positions_T, policy.layout([(len(ids), ())]))
             tiles = [policy.logits(hidden_nD).cpu() for hidden_nD in hidden_TD.split(ROWS)]
             logits.append(torch.cat(tiles))
-    return Probed(texts, logits)
+    return Probed(texts, logits, policy.dtype)
 
 
 def check_plain(
@@ -108,6 +114,40 @@ def check_plain(
             f"policy's, first {odd[0]}"
         )
     return check_probed(probe_policy(policy, reference=not adapters), model)
+
+
+def check_adapter(
+    directory: Path, name: str, device: torch.device, probed: Probed, state: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Read an exported adapter again, with plain PEFT on the base called `name` in NF4, and compare
+    it with the policy that it is of: what that said, and its adapters by name. Returns what the
+    model says of the probe. Raises ExportError with the numbers where it is another model.
+    """
+    try:
+        model = _read_adapter(directory, name, device, probed.dtype)
+    except torch.OutOfMemoryError:  # plain transformers takes more than the policy does
+        model = _read_adapter(directory, name, torch.device("cpu"), probed.dtype)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = own.keys() ^ state.keys()
+    odd |= {n for n in own.keys() & state.keys() if not torch.equal(own[n].cpu(), state[n])}
+    if odd:
+        raise ExportError(
+            f"{len(odd)} of the {len(state)} tensors of the adapter are not what plain PEFT reads, "
+            f"first {min(odd)}"
+        )
+    return check_probed(probed, model)
+
+
+def _read_adapter(directory: Path, name: str, device: torch.device, dtype: torch.dtype):
+    with quiet_libraries():
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        base = load_in_4_bits(AutoModelForCausalLM, name, config, str(device), dtype)
+        model = PeftModel.from_pretrained(base, directory).eval()
+    for layer in model.modules():
+        # In eval mode bitsandbytes' kernel for CPUs rounds the scales of blocks to bfloat16.
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.train()
+    return model
 
 
 def read_plain(directory: Path):
@@ -164,7 +204,7 @@ def compare(probed: Probed, theirs: list[torch.Tensor]) -> Difference:
 @torch.no_grad()
 def plain_logits(model, texts: Sequence[list[int]]) -> list[torch.Tensor]:
     """Logits [T, V] of each text by a plain model, float32 on the CPU."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     found = []
     for ids in texts:
         ids_1T = torch.tensor([ids], device=device)

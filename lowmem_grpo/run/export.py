@@ -1,6 +1,7 @@
 """Taking a trained adapter out of a run, in PEFT's format."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,16 +10,17 @@ from safetensors import SafetensorError
 
 from lowmem_grpo.checksum import read_sealed
 from lowmem_grpo.errors import ConfigError, DamageError, ExportError, StorageError
+from lowmem_grpo.policy.adapter_files import CONFIG, WEIGHTS
+from lowmem_grpo.policy.source import read_object
 from lowmem_grpo.run.best import BEST, FILE, read_best
 from lowmem_grpo.run.checkpoint import SEALS, newest_sound, read_state
 from lowmem_grpo.run.directory import PARTIAL, replace_directory, sync_file
 
 __all__ = [
-    "adapter_directory", "check_output", "export_adapter", "exported_step", "exported_to",
+    "adapter_directory", "check_output", "export_adapter", "exported_step", "exported_to", "run_of",
 ]  # fmt: skip
 
 _AGAIN = "--resume writes it again"
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def adapter_directory(
@@ -49,6 +51,20 @@ def adapter_directory(
     if reached < 0:
         raise ConfigError(f"{run_path} has no adapter yet: no checkpoint was written")
     return final
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The run whose directory an adapter lies in: as its final one, its best, or a checkpoint's.
+    None for one that lies elsewhere. Raises DamageError where it is not what was written.
+    """
+    adapter = adapter.resolve()
+    kept = adapter.parent.name == "checkpoints"
+    folder = adapter.parent.parent if kept else adapter.parent
+    own = kept or adapter.name in ("adapter", BEST)
+    if not own or not (folder / "config.toml").is_file():
+        return None
+    exported_step(adapter)
+    return folder
 
 
 def exported_step(adapter: Path) -> int:
@@ -94,7 +110,12 @@ def exported_to(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def export_adapter(source: Path, output: Path) -> None:
-    """Copy the adapter at `source` into a directory."""
-    for name in _FILES:
-        shutil.copyfile(source / name, output / name)
+def export_adapter(source: Path, output: Path, base: str, tokenizer) -> None:
+    """Copy the adapter at `source` into a directory, where it names `base` as its base, and write
+    the tokenizer that it was trained with.
+    """
+    shutil.copyfile(source / WEIGHTS, output / WEIGHTS)
+    settings = read_object(source / CONFIG)
+    settings["base_model_name_or_path"] = base
+    (output / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    tokenizer.save_pretrained(output)

@@ -45,6 +45,18 @@ class Resumed:
         more = changed_inputs(self._inputs_before, self._inputs, allowed)
         self._changed = sorted({*self._changed, *more})
 
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter that the run starts from, where that is still asked for: before there is a
+        checkpoint, and for a reference that none has kept.
+        """
+        start, kept = self._config.model.adapter, self.checkpoint
+        if start is None or (kept is not None and not self._config.keeps_reference):
+            return None
+        if kept is not None and (kept / "reference.safetensors").is_file():
+            return None
+        return Path(start).expanduser()
+
     def load(self, policy, optimizer, base: Base, pool: Pool | None) -> State:
         """Put adapters and moments in place and return the state. Raises ConfigError for another
         base, or another pool, and as `load_checkpoint` does.

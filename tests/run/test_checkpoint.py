@@ -35,6 +35,13 @@ def flip(path):
     path.write_bytes(data)
 
 
+def misspell(path):
+    """A letter in a text of a JSON file, which stays JSON."""
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"discarded"', b'"discardee"', 1))
+    assert path.read_bytes() != data
+
+
 def swap(one, other):
     middle = one.with_name("middle")
     one.rename(middle)
@@ -47,7 +54,7 @@ DAMAGE = {
         new / "adapter_model.safetensors"
     ),
     "optimizer.safetensors is missing": lambda new, old: (new / "optimizer.safetensors").unlink(),
-    "state.json: it is not what was written": lambda new, old: flip(new / "state.json"),
+    "state.json: it is not what was written": lambda new, old: misspell(new / "state.json"),
     "state.json: No such file": lambda new, old: (new / "state.json").unlink(),
     "is of step 2": lambda new, old: swap(new / "state.json", old / "state.json"),
     "adapter_config.json is not what": lambda new, old: os.truncate(new / "adapter_config.json", 5),
