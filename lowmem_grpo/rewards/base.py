@@ -180,11 +180,11 @@ def _logged(value: float | list[float] | None) -> float | None:
 def fields_of(
     problems: Sequence[Problem], completion_ids: Sequence[Sequence[int]]
 ) -> dict[str, list[Any]]:
-    """The columns that every one of `problems` has, and those of our own, as lists."""
-    shared = [
-        name for name in problems[0].fields if all(name in problem.fields for problem in problems)
-    ]
-    fields = {name: [problem.fields[name] for problem in problems] for name in shared}
+    """The columns that any of `problems` has, with None for those that lack it, and those of our
+    own, as lists.
+    """
+    names = dict.fromkeys(name for problem in problems for name in problem.fields)
+    fields = {name: [problem.fields.get(name) for problem in problems] for name in names}
     fields.pop("completions", None)  # the name of the texts themselves
     return fields | {
         "answer": [problem.answer for problem in problems],

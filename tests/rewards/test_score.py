@@ -26,7 +26,7 @@ def run(function, texts=TEXTS, problems=PROBLEMS):
     return score([Reward("mine", 1.0, function)], texts, problems, IDS[: len(texts)])
 
 
-def test_functions_receive_the_columns_that_all_problems_have():
+def test_functions_receive_the_columns_of_all_problems():
     seen = {}
 
     def spy(completions, **fields):
@@ -41,6 +41,7 @@ def test_functions_receive_the_columns_that_all_problems_have():
         "problems": PROBLEMS,
         "completion_ids": IDS,
         "level": [1, 2],
+        "only": ["here", None],
     }
 
 
