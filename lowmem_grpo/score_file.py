@@ -21,6 +21,7 @@ from lowmem_grpo.isolation.output import Output
 from lowmem_grpo.rewards import Reward, is_model, load_rewards
 from lowmem_grpo.rewards.base import score
 from lowmem_grpo.tasks import Problem, Task, TaskOptions
+from lowmem_grpo.tasks.columns import ABSENT, lookup
 from lowmem_grpo.tasks.hub import PREFIX, open_hub
 from lowmem_grpo.tasks.records import Records
 from lowmem_grpo.tasks.tables import Table, open_table
@@ -102,7 +103,7 @@ def read_given(config: Config, column: str) -> Given:
     completions = [
         _text(row.get(column), f"{path}, {table.where(i)}") for i, row in enumerate(rows)
     ]
-    answered = [not _is_nothing(_cell(row, answers)) for row in rows]
+    answered = [not _is_nothing(lookup(row, answers)) for row in rows]
     with_answer = [number for number, is_there in enumerate(answered) if is_there]
     options = TaskOptions(**{f.name: getattr(config.task, f.name) for f in fields(TaskOptions)})
     task, problems = None, {}
@@ -116,6 +117,8 @@ def read_given(config: Config, column: str) -> Given:
             place = f"{path}/{table.where(number)}"
             problems[number] = Problem(place, ({"role": "user", "content": _NO_PROMPT},), "", row)
     lines = []
+    if task is not None and task.default_rewards and not config.rewards.functions:
+        lines.append(task.about_answers())
     if missing := len(rows) - len(with_answer):
         lines.append(
             f"{missing} of {len(rows)} rows have no '{answers}': they score 0 where answers are "
@@ -274,17 +277,8 @@ def _counts_tokens(spec: str) -> bool:
     return spec.partition(":")[0] in ("overlong", "cosine", "repetition")
 
 
-def _cell(row: dict[str, Any], name: str) -> Any:
-    """A cell by its column's name, which may be dotted."""
-    if name in row or "." not in name:
-        return row.get(name)
-    first, _, rest = name.partition(".")
-    inner = row.get(first)
-    return _cell(inner, rest) if isinstance(inner, dict) else None
-
-
 def _is_nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or value is ABSENT or (isinstance(value, str) and not value.strip())
 
 
 def _text(value: Any, where: str) -> str:

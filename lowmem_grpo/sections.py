@@ -135,9 +135,11 @@ class TaskConfig(Section):
     path: str | None = None
     """The file of gsm8k, instead of the Hub's; or of records without a PATH."""
     prompt_column: str = "prompt"
-    """Column of a record that holds its prompt."""
+    """Column of a record that holds its prompt; a nested one as OUTER.INNER."""
     answer_column: str = "answer"
-    """Column of a record that holds its answer."""
+    """Column of a record that holds its answer, or a list of accepted ones; a nested one as
+    OUTER.INNER, like reward_model.ground_truth.
+    """
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the records that is held out for evaluation."""
     eval_path: str | None = None

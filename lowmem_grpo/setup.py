@@ -273,11 +273,19 @@ def _check_level(task: Task, config: Config) -> None:
     )
 
 
-def open_rewards(config: Config, task: Task, output: Output | None = None) -> list[Reward]:
-    """The rewards as configured. `output` takes what a user's functions print. Raises ConfigError
-    as `load_rewards` does.
+def open_rewards(
+    config: Config,
+    task: Task,
+    output: Output | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Reward]:
+    """The rewards as configured. `output` takes what a user's functions print. Where none is named,
+    `say` is told which one the answers get. Raises ConfigError as `load_rewards` does.
     """
     r = config.rewards
+    about = "" if r.functions else task.about_answers()
+    if about and task.default_rewards:
+        say(about)
     limits = Limits(
         memory_bytes=int(r.memory_gib * 2**30), network=r.network, writable=tuple(r.writable)
     )

@@ -93,7 +93,7 @@ def train(
         console.warn(text)
     task = open_task(config)
     output = Output()
-    rewards = open_rewards(config, task, output)
+    rewards = open_rewards(config, task, output, console.say)
     pool = open_pool(config)
     check_prompts(task, config, console.say)
     check_directory(config.run.output, resume=resume, overwrite=overwrite)

@@ -10,25 +10,26 @@ from typing import Any
 from lowmem_grpo.errors import ConfigError, TaskError, nearest
 from lowmem_grpo.isolation.confine import Limits
 from lowmem_grpo.isolation.output import Output
+from lowmem_grpo.rewards.answer import AnswerReward
 from lowmem_grpo.rewards.base import Reward, RewardFunction, Scores, fields_of, score
-from lowmem_grpo.rewards.choice import answer_letter, choice_reward
+from lowmem_grpo.rewards.choice import choice_reward
 from lowmem_grpo.rewards.code import CodeReward, read_tests
 from lowmem_grpo.rewards.format import format_reward
 from lowmem_grpo.rewards.isolated import Values
 from lowmem_grpo.rewards.json_schema import json_reward
 from lowmem_grpo.rewards.judge import judge_reward
-from lowmem_grpo.rewards.length import Ends, cosine_reward, overlong_reward, repetition_reward
+from lowmem_grpo.rewards.length import CosineReward, Ends, overlong_reward, repetition_reward
 from lowmem_grpo.rewards.math import MathReward
-from lowmem_grpo.rewards.number import answer_number, number_reward
+from lowmem_grpo.rewards.number import number_reward
 from lowmem_grpo.rewards.user import open_file
-from lowmem_grpo.tasks.base import Task, parse_options
+from lowmem_grpo.tasks.base import Problem, Task, parse_options
 
 __all__ = ["Reward", "Scores", "is_model", "load_rewards", "score"]
 
 _FORMS = (
-    "number, choice, math, task, format:REGEX, json[:SCHEMA.json], code[:column=tests,...], "
-    "overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, judge:FILE.toml, "
-    "model:NAME[,max=TOKENS,...], FILE.py:function"
+    "number, choice, math, task, format:REGEX, json[:SCHEMA.json], "
+    "code[:column=tests,...], overlong:max=L,cache=C, cosine:max=L, repetition:ngram=N, "
+    "judge:FILE.toml, model:NAME[,max=TOKENS,...], FILE.py:function"
 )
 
 
@@ -55,6 +56,8 @@ def load_rewards(
     finite number each; `ModelError` for a reward model that cannot be had.
     """
     specs = list(specs) or list(task.default_rewards)
+    if not specs:
+        raise ConfigError(f"{task.about_answers()}: name a reward with --reward: {_FORMS}")
     weights = [1.0] * len(specs) if weights is None else list(weights)
     if len(weights) != len(specs):
         raise ConfigError(
@@ -100,14 +103,19 @@ def _load(spec: str, task: Task, own: dict[str, RewardFunction]) -> tuple[str, R
     )
 
 
-def _number(spec: str, rest: str, task: Task) -> RewardFunction:
-    _check_answers(task, spec, answer_number, "numbers")
-    return number_reward
+def _comparing(reward: AnswerReward, answers: str) -> Callable[[str, str, Task], RewardFunction]:
+    """What makes `reward` of a specification, for a task all of whose answers it can compare."""
 
+    def load(spec: str, rest: str, task: Task) -> RewardFunction:
+        for where, answer in task.known_answers():
+            if not reward.reads(answer):
+                raise ConfigError(
+                    f"reward '{spec}' needs {answers} as answers, and {where} has {answer!r:.60}: "
+                    "use the reward math, task or a function of your own"
+                )
+        return reward
 
-def _choice(spec: str, rest: str, task: Task) -> RewardFunction:
-    _check_answers(task, spec, answer_letter, "letters from A to J")
-    return choice_reward
+    return load
 
 
 def _overlong(spec: str, rest: str, task: Task) -> RewardFunction:
@@ -131,7 +139,16 @@ def _cosine(spec: str, rest: str, task: Task) -> RewardFunction:
         raise ConfigError(f"reward '{spec}': {error}: write {form}") from error
     if not all(isfinite(getattr(ends, name)) for name in names):
         raise ConfigError(f"reward '{spec}': the values have to be finite")
-    return cosine_reward(most, ends, task)
+    return CosineReward(most, ends, _right(task))
+
+
+def _right(task: Task) -> RewardFunction:
+    """What says that a completion is right: a task's default reward where that compares answers,
+    else its own score.
+    """
+    of_answers = ("number", "choice", "math")
+    default = next((each for each in task.default_rewards if each in of_answers), "task")
+    return _KINDS[default](default, "", task)
 
 
 def _code(spec: str, rest: str, task: Task) -> RewardFunction:
@@ -163,10 +180,10 @@ def _model(spec: str, task: Task, conversation: int) -> RewardFunction:
 
 
 _KINDS: dict[str, Callable[[str, str, Task], RewardFunction]] = {
-    "number": _number,
-    "choice": _choice,
+    "number": _comparing(number_reward, "numbers"),
+    "choice": _comparing(choice_reward, "letters from A to J"),
     "math": lambda spec, rest, task: MathReward(),
-    "task": lambda spec, rest, task: _task_reward(task),
+    "task": lambda spec, rest, task: _TaskReward(task),
     "format": lambda spec, rest, task: format_reward(rest),
     "json": lambda spec, rest, task: json_reward(rest),
     "code": _code,
@@ -199,13 +216,21 @@ def _open_files(
     return functions
 
 
-def _task_reward(task: Task) -> RewardFunction:
-    def task_score(completions: list[str], problems: list, **_: Any) -> Values:
+class _TaskReward:
+    """The reward `task`: the task's own score."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, completions: list[str], problems: list[Problem], **_: Any) -> Values:
         return [
-            task.score(problem, text) for problem, text in zip(problems, completions, strict=True)
+            self._task.score(problem, text)
+            for problem, text in zip(problems, completions, strict=True)
         ]
 
-    return task_score
+    def explain(self, completion: str, problem: Problem) -> str:
+        """What was read out of a completion and what was wanted, in one line."""
+        return self._task.explain(problem, completion)
 
 
 def _whole_numbers(spec: str, text: str, names: tuple[str, ...]) -> list[int]:
@@ -222,15 +247,6 @@ def _options(spec: str, text: str, names: tuple[str, ...], form: str) -> dict[st
         return parse_options(text, names, spec)
     except TaskError as error:
         raise ConfigError(f"reward '{spec}': write {form}") from error
-
-
-def _check_answers(task: Task, reward: str, read: Callable[[str], Any], what: str) -> None:
-    for where, answer in task.known_answers():
-        if read(answer) is None:
-            raise ConfigError(
-                f"reward '{reward}' needs {what} as answers, and {where} has {answer!r:.60}: "
-                "use the reward math, task or a function of your own"
-            )
 
 
 def _unused(name: str, taken: list[str]) -> str:

@@ -8,9 +8,9 @@
                                (after arXiv 2502.03373, section 4.3)
 
 The first and the last are at most 0: penalties beside a reward that says what is right. `cosine`
-says that itself, by the task's own scorer. Its ends can be set: right0=1,right1=0.5 at length 0 and
-at L where the completion is right, wrong0=-1,wrong1=-0.5 where it is wrong, over=-1 where it is
-longer than L.
+says that itself: by the reward that the task has by default, where that compares answers, else by
+the task's own score. Its ends can be set: right0=1,right1=0.5 at length 0 and at L where the
+completion is right, wrong0=-1,wrong1=-0.5 where it is wrong, over=-1 where it is longer than L.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lowmem_grpo.errors import ConfigError
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.rewards.base import RewardFunction
 from lowmem_grpo.rewards.isolated import Values
-from lowmem_grpo.tasks.base import Problem, Task
+from lowmem_grpo.tasks.base import Problem
 
-__all__ = ["Ends", "cosine_reward", "overlong_reward", "repetition_reward"]
+__all__ = ["CosineReward", "Ends", "overlong_reward", "repetition_reward"]
 
 
 def overlong_reward(most: int, cache: int) -> RewardFunction:
@@ -53,27 +53,35 @@ class Ends:
     over: float = -1.0
 
 
-def cosine_reward(most: int, ends: Ends, task: Task) -> RewardFunction:
-    """Raises `ConfigError` unless `most` is positive."""
-    if most < 1:
-        raise ConfigError(f"reward 'cosine:max={most}': max must be 1 or more tokens")
+class CosineReward:
+    """The reward function `cosine`. `right` has a score of 1 for a completion that is right, and
+    explains it. Raises `ConfigError` unless `most` is positive.
+    """
 
-    def cosine(
-        completions: list[str], problems: list[Problem], completion_ids: list[list[int]], **_: Any
+    def __init__(self, most: int, ends: Ends, right: Any) -> None:
+        if most < 1:
+            raise ConfigError(f"reward 'cosine:max={most}': max must be 1 or more tokens")
+        self._most, self._ends, self._right = most, ends, right
+
+    def __call__(
+        self, completions: list[str], completion_ids: list[list[int]], **columns: Any
     ) -> Values:
-        scores = [task.score(p, text) for p, text in zip(problems, completions, strict=True)]
+        scores = self._right(completions=completions, completion_ids=completion_ids, **columns)
         return [
-            found if isinstance(found, Failure) else _on_the_curve(found >= 1.0, len(ids))
+            found if isinstance(found, Failure) else self._on_the_curve(found >= 1.0, len(ids))
             for found, ids in zip(scores, completion_ids, strict=True)
         ]
 
-    def _on_the_curve(right: bool, length: int) -> float:
-        if length > most:
-            return ends.over
-        first, last = (ends.right0, ends.right1) if right else (ends.wrong0, ends.wrong1)
-        return last + 0.5 * (first - last) * (1.0 + cos(pi * length / most))
+    def explain(self, completion: str, problem: Problem) -> str:
+        """What was read out of a completion and what was wanted, in one line."""
+        return self._right.explain(completion, problem)
 
-    return cosine
+    def _on_the_curve(self, right: bool, length: int) -> float:
+        if length > self._most:
+            return self._ends.over
+        ends = self._ends
+        first, last = (ends.right0, ends.right1) if right else (ends.wrong0, ends.wrong1)
+        return last + 0.5 * (first - last) * (1.0 + cos(pi * length / self._most))
 
 
 def repetition_reward(ngram: int) -> RewardFunction:

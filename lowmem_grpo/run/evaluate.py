@@ -25,7 +25,7 @@ from lowmem_grpo.rollout.groups import end_token_ids, prompt_ids
 from lowmem_grpo.rollout.sampler import Request, sample
 from lowmem_grpo.rollout.sampling import Sampling, uniforms
 from lowmem_grpo.rollout.text import Texts
-from lowmem_grpo.tasks.answers import last_number
+from lowmem_grpo.tasks.answers import read_number
 from lowmem_grpo.tasks.base import Problem, Task, held_out
 
 __all__ = ["Evaluation", "evaluate", "pass_at", "wilson_interval"]
@@ -163,7 +163,7 @@ def pass_at(k: int, count: int, correct: int) -> float:
 
 def _elected(judged: list[tuple[str, bool]]) -> bool:
     """Whether the answer that most give, of equally many the first, is right."""
-    numbers = [last_number(text) for text, _ in judged]
+    numbers = [read_number(text)[0] for text, _ in judged]
     votes = [
         text.strip() if number is None else number
         for number, (text, _) in zip(numbers, judged, strict=True)

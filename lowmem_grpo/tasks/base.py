@@ -28,13 +28,14 @@ class Problem:
 
     id: names the problem in logs and errors; the same problem has the same id in every run.
     messages: the prompt as chat messages, each `{"role": str, "content": str}`.
-    answer: the reference answer as text; empty where a task can score without one.
+    answer: the reference answer as text, or a list of texts of which any is right; empty where a
+        task can score without one.
     fields: every other column that a reward may want, by name; JSON values, since groups are saved.
     """
 
     id: str
     messages: tuple[dict[str, Any], ...]
-    answer: str
+    answer: str | list[str]
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,7 +46,8 @@ class TaskOptions:
     system_prompt: put before every prompt that does not bring a system message of its own.
     few_shot: so many solved training problems stand before every question.
     path: the file of `gsm8k`, or of `records` without a path of its own.
-    prompt_column, answer_column: the columns of `records:PATH`.
+    prompt_column, answer_column: the columns of `records:PATH`; a nested one by a dotted name, like
+        reward_model.ground_truth.
     eval_fraction: the part of the rows of `records:PATH` that is held out, at least 0 and below 1.
     eval_path: a file of held-out problems for `records:PATH`; `eval_fraction` is then not used.
     shuffle: records are read in a new order in each epoch, and not in the file's.
@@ -65,7 +67,8 @@ class Task(ABC):
     """Where problems come from, and how their answers are checked.
 
     name: the task as it is shown in logs.
-    default_rewards: reward specifications for a user who names none.
+    default_rewards: reward specifications for a user who names none; empty where no reward of ours
+        can read the answers.
     """
 
     name: str
@@ -103,7 +106,20 @@ class Task(ABC):
         """A right completion in the form that is asked for, as a solved example shows it; empty
         where none is known.
         """
-        return problem.answer
+        return problem.answer if isinstance(problem.answer, str) else problem.answer[0]
+
+    def explain(self, problem: Problem, text: str) -> str:
+        """What was read out of a completion and what was wanted, in one line."""
+        score = self.score(problem, text)
+        if isinstance(score, Failure):
+            return score.message
+        return f"{self.name} gives {score:g}, wanted {problem.answer!r:.60}"
+
+    def about_answers(self) -> str:
+        """What the answers are and which of them the default reward reads, in one line; empty where
+        they are all of one kind by design.
+        """
+        return ""
 
     def leaving_out(self, stays: Callable[[Problem], bool]) -> Task:
         """The task with those of its problems alone that `stays` is true of; held-out ones stay
@@ -119,7 +135,7 @@ class Task(ABC):
         """How many problems are left out, of how many; empty where none can be."""
         return ""
 
-    def known_answers(self) -> Iterable[tuple[str, str]]:
+    def known_answers(self) -> Iterable[tuple[str, str | list[str]]]:
         """(where, answer) of the answers that can be looked at before training: all of them, or a
         first example.
         """

@@ -17,7 +17,8 @@ import re
 from dataclasses import replace
 
 from lowmem_grpo.errors import TaskError
-from lowmem_grpo.tasks.answers import contains_answer, final_answer, parse_number, same_answer
+from lowmem_grpo.isolation.worker import Failure
+from lowmem_grpo.tasks.answers import accepted, equals_answer, parse_number
 from lowmem_grpo.tasks.base import Problem, TaskOptions
 from lowmem_grpo.tasks.messages import split_prefilled
 from lowmem_grpo.tasks.records import Records
@@ -54,15 +55,15 @@ class Gsm8k(Records):
         line = _LAST_LINE.search(text)
         if line is None or parse_number(line[1]) is None:
             return False
-        return same_answer(line[1], final_answer(problem.answer))
+        return any(equals_answer(line[1], wanted) for wanted in accepted(problem.answer))
 
-    def is_correct_lenient(self, problem: Problem, text: str) -> bool:
-        """The last number in the text is the answer."""
-        return contains_answer(text, final_answer(problem.answer))
+    def score(self, problem: Problem, text: str) -> float | Failure:
+        """1.0 where the completion is strictly correct, else 0.0."""
+        return float(self.is_correct_strict(problem, text))
 
     def reply(self, problem: Problem) -> str:
         """The worked solution without its notes for a calculator."""
-        return _CALCULATION.sub("", problem.answer)
+        return _CALCULATION.sub("", super().reply(problem))
 
     def _asked(self, problem: Problem) -> Problem:
         (*before, question), _ = split_prefilled(problem.messages)

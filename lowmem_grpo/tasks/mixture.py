@@ -124,7 +124,16 @@ class Mixture(Task):
         """As its own task says."""
         return self._task(problem).reply(problem)
 
-    def known_answers(self) -> Iterable[tuple[str, str]]:
+    def explain(self, problem: Problem, text: str) -> str:
+        """As its own task says."""
+        return self._task(problem).explain(problem, text)
+
+    def about_answers(self) -> str:
+        """See `Task`: of all tasks."""
+        each = [(task.name, task.about_answers()) for task in self._tasks]
+        return "; ".join(f"{name}: {text}" for name, text in each if text)
+
+    def known_answers(self) -> Iterable[tuple[str, str | list[str]]]:
         """See `Task`: of all tasks."""
         for task in self._tasks:
             yield from task.known_answers()

@@ -1,8 +1,9 @@
 """The task `records:PATH`: problems from a jsonl, CSV or parquet file with a prompt and an answer
 column, or from a data set of the Hub (`records:hub:OWNER/NAME`, see `hub.py`).
 
-An answer may be a worked solution that ends in "#### 72" or has its answer in \\boxed{}; then a
-completion is read in the same way.
+An answer may be a worked solution that ends in "#### 72" or has its answer in \\boxed{}, and a
+list of answers any of which is right. A column inside another one has a dotted name, such as
+reward_model.ground_truth. `answer_kinds.py` says which reward the answers get by default.
 
 The whole file is checked when the task is made. Which rows are held out follows from a hash of the
 prompt, so rows with the same prompt are on the same side, and a row stays on its side when the file
@@ -17,19 +18,22 @@ import json
 import math
 from array import array
 from collections.abc import Callable, Iterable
-from decimal import Decimal
 from typing import Any
 
-from lowmem_grpo.errors import TaskError, nearest
+from lowmem_grpo.errors import TaskError
+from lowmem_grpo.isolation.worker import Failure
+from lowmem_grpo.tasks.answer_kinds import AnswerKinds
 from lowmem_grpo.tasks.answers import (
+    Answer,
+    Verdict,
     contains_answer,
-    equals_text,
+    equals_answer,
+    explained,
     final_answer,
-    last_boxed,
-    parse_number,
-    same_answer,
+    judge,
 )
 from lowmem_grpo.tasks.base import Problem, Task, TaskOptions, permuted, plain, stable_hash
+from lowmem_grpo.tasks.columns import ABSENT, answer_of, dotted_names, lookup, meant, names_in
 from lowmem_grpo.tasks.hub import PREFIX, open_hub
 from lowmem_grpo.tasks.messages import after_system, prefilled, read_messages
 from lowmem_grpo.tasks.tables import Table, open_table
@@ -82,11 +86,9 @@ class Records(Task):
             raise TaskError(
                 f"{path}: no row is left to train on, {options.eval_path} has every prompt of it"
             )
-        sources = (source, self._eval_source)
-        if all(each.numeric for each in sources):
-            self.default_rewards = ("number",)
-        else:
-            self.default_rewards = ("math",) if all(each.boxed for each in sources) else ("task",)
+        sources = dict.fromkeys((source, self._eval_source))
+        self._kinds = AnswerKinds.of(each.kinds for each in sources)
+        self.default_rewards = self._kinds.default()
 
     def train_problem(self, index: int) -> Problem:
         """See `Task`. Every training row comes once in an epoch."""
@@ -133,30 +135,43 @@ class Records(Task):
 
     def is_correct_strict(self, problem: Problem, text: str) -> bool:
         """The completion is the answer and nothing more, behind what the prompt has of it; a full
-        stop may follow. Where the
-        reference is a worked solution, so may the completion be, with an end like it.
+        stop may follow. Where the reference is a worked solution, so may the completion be, with an
+        end like it.
         """
-        wanted = final_answer(problem.answer)
-        if wanted == problem.answer.strip():
-            return equals_text(text.removeprefix(prefilled(problem.messages)), wanted)
-        return same_answer(final_answer(text), wanted)
+        own = text.removeprefix(prefilled(problem.messages))
+        return any(_is_strictly(text, own, answer) for answer in _several(problem.answer))
 
     def is_correct_lenient(self, problem: Problem, text: str) -> bool:
-        """The completion's last number is the answer, or the answer stands in it as words, or in
-        its last \\boxed{}.
-        """
-        wanted, boxed = final_answer(problem.answer), last_boxed(text)
-        return contains_answer(text, wanted) or (boxed is not None and same_answer(boxed, wanted))
+        """The completion gives the answer, as `answers.py` reads it, or has it as words."""
+        return contains_answer(text, problem.answer)
 
-    def known_answers(self) -> Iterable[tuple[str, str]]:
+    def score(self, problem: Problem, text: str) -> float | Failure:
+        """1.0 where the completion gives the answer, as `answers.py` reads it, else 0.0."""
+        return float(self._judged(problem, text).right)
+
+    def explain(self, problem: Problem, text: str) -> str:
+        """See `Task`."""
+        return explained(self._judged(problem, text), problem.answer)
+
+    def _judged(self, problem: Problem, text: str) -> Verdict:
+        """Of the text, or of the completion's own part, where that alone is the answer."""
+        verdict = judge(text, problem.answer)
+        own = text.removeprefix(prefilled(problem.messages))
+        return verdict if verdict.right or own == text else judge(own, problem.answer)
+
+    def about_answers(self) -> str:
+        """See `Task`."""
+        return self._kinds.line()
+
+    def known_answers(self) -> Iterable[tuple[str, Answer]]:
         """See `Task`: of all rows."""
         for source in dict.fromkeys((self._source, self._eval_source)):
             yield from source.answers()
 
 
 class _Source:
-    """One checked file, read as problems. `hashes` has one hash a row, of its prompt; `numeric` and
-    `boxed` say whether all answers are numbers, and whether all have a \\boxed{}.
+    """One checked file, read as problems. `hashes` has one hash a row, of its prompt; `kinds` are
+    those of the answers.
     """
 
     def __init__(self, path: str, options: TaskOptions, table: Table | None = None) -> None:
@@ -168,15 +183,13 @@ class _Source:
         for setting in ("prompt_column", "answer_column"):
             self._check_column(setting, getattr(options, setting))
         self.hashes = array("Q")
-        self.numeric = self.boxed = True
+        self.kinds = AnswerKinds()
         for number in range(len(self)):
             row = self._table.row(number)
             self._check_text_alone(number, row)
             messages = self._messages(number, row)
             self.hashes.append(stable_hash(json.dumps(messages, sort_keys=True)))
-            answer = self._answer(number, row)
-            self.numeric = self.numeric and parse_number(final_answer(answer)) is not None
-            self.boxed = self.boxed and last_boxed(answer) is not None
+            self.kinds.add(self._answer(number, row), self._table.where(number))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -197,23 +210,23 @@ class _Source:
             fields=fields,
         )
 
-    def answers(self) -> Iterable[tuple[str, str]]:
+    def answers(self) -> Iterable[tuple[str, Answer]]:
         for number in range(len(self)):
             where = f"{self._path}, {self._table.where(number)}"
             yield where, self._answer(number, self._table.row(number))
 
     def _check_column(self, setting: str, column: str) -> None:
-        columns = self._table.columns
-        if column not in columns:
+        first = self._table.row(0)
+        if column not in self._table.columns and lookup(first, column) is ABSENT:
             raise TaskError(
-                f"{self._path} has no column '{column}'{nearest(column, columns)}; it has: "
-                f"{', '.join(columns)}. Choose one with task.{setting}{self._table.hint}"
+                f"{self._path} has no column '{column}'{meant(column, first)}; it has: "
+                f"{names_in(first)}. Choose one with task.{setting}{self._table.hint}"
             )
 
     def _cell(self, number: int, row: dict[str, Any], column: str) -> Any:
-        if column not in row:
-            self._fail(number, f"has no '{column}', only: {', '.join(row)}")
-        value = row[column]
+        value = lookup(row, column)
+        if value is ABSENT:
+            self._fail(number, f"has no '{column}'{meant(column, row)}, only: {names_in(row)}")
         nothing = value is None or value == [] or (isinstance(value, str) and not value.strip())
         if nothing or (isinstance(value, float) and not math.isfinite(value)):
             self._fail(number, f"has {value!r} as its '{column}'")
@@ -238,22 +251,29 @@ class _Source:
         except ValueError as error:
             self._fail(number, f"cannot be used: its '{column}': {error}")
 
-    def _answer(self, number: int, row: dict[str, Any]) -> str:
-        value = self._cell(number, row, self._options.answer_column)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, (float, Decimal)):
-            # Never 1e-05, and 72 for 72.0: what a model would write.
-            whole = value == int(value)
-            return str(int(value)) if whole else format(Decimal(str(value)), "f")
-        return (
-            json.dumps(plain(value), ensure_ascii=False)
-            if isinstance(value, (list, dict))
-            else str(plain(value))
-        )
+    def _answer(self, number: int, row: dict[str, Any]) -> Answer:
+        column = self._options.answer_column
+        value = self._cell(number, row, column)
+        try:
+            return answer_of(value)
+        except ValueError as error:
+            way = "leave the row out, or choose another column with task.answer_column"
+            if isinstance(value, dict) and value:
+                first = next(dotted_names(value))
+                way = f"choose one of them, like task.answer_column={column}.{first}"
+            self._fail(number, f"{error} as its '{column}': {way}")
 
     def _fail(self, number: int, what: str) -> None:
         raise TaskError(f"{self._path}, {self._table.where(number)} {what}")
+
+
+def _several(answer: Answer) -> list[str]:
+    return [answer] if isinstance(answer, str) else answer
+
+
+def _is_strictly(text: str, own: str, answer: str) -> bool:
+    wanted = final_answer(answer)
+    return equals_answer(own if wanted == answer.strip() else final_answer(text), wanted)
 
 
 def _held_out(hashes: Iterable[int], fraction: float) -> set[int]:

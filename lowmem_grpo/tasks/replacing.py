@@ -72,6 +72,14 @@ class Replacing(Task):
         """See the task's own."""
         return self._task.reply(problem)
 
-    def known_answers(self) -> Iterable[tuple[str, str]]:
+    def explain(self, problem: Problem, text: str) -> str:
+        """See the task's own."""
+        return self._task.explain(problem, text)
+
+    def about_answers(self) -> str:
+        """See the task's own."""
+        return self._task.about_answers()
+
+    def known_answers(self) -> Iterable[tuple[str, str | list[str]]]:
         """See the task's own."""
         return self._task.known_answers()

@@ -20,6 +20,7 @@ from typing import Any
 
 from lowmem_grpo.errors import TaskError, nearest
 from lowmem_grpo.plain_json import array_items, parse_json
+from lowmem_grpo.tasks.arrow_cells import exact
 from lowmem_grpo.text_files import decoded
 
 _LINE = re.compile(rb"[^\r\n]+")
@@ -251,7 +252,7 @@ class ArrowTable(Table):
         cells = {}
         for name, column in zip(self.columns, self._table.columns, strict=True):
             try:
-                cells[name] = column[number].as_py()
+                cells[name] = exact(column[number].as_py(), column.type)
             # Text that is not UTF-8, times that Python has not.
             except (ValueError, ArithmeticError, NotImplementedError) as error:
                 raise TaskError(

@@ -237,3 +237,20 @@ def test_math_without_its_package_names_the_command(task, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         load_rewards(["math"], None, task)
     assert 'pip install "lowmem-grpo[tasks]"' in str(caught.value)
+
+
+def test_rewards_that_compare_answers_explain_themselves(task):
+    problem = task.train_problem(0)
+    for spec in ("number", "task", "cosine:max=9"):
+        (reward,) = load_rewards([spec], None, task)
+        assert problem.answer in reward.function.explain("It is -1", problem), spec
+    (reward,) = load_rewards(["format:x"], None, task)
+    assert not hasattr(reward.function, "explain")
+
+
+def test_the_cosine_takes_the_reading_of_the_tasks_reward(task):
+    right = task.train_problem(0).answer
+    texts = [f"\\boxed{{{right}}} in 9 steps", f"so {right}, and not -1: {right}"]
+    problems = [task.train_problem(0)] * 2
+    (reward,) = load_rewards(["cosine:max=999,right1=1"], None, task)
+    assert score([reward], texts, problems, [[1], [1]]).total == [1.0, 1.0]

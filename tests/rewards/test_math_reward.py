@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from lowmem_grpo.rewards import math as module
+from lowmem_grpo.tasks.base import Problem
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -57,3 +58,26 @@ def test_it_works_outside_the_main_thread(reward):
     thread.start()
     thread.join(60)
     assert results == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (r"\sqrt{8}", [r"\boxed{2\sqrt2}", r"so $x = 2\sqrt{2}$"], ["2.828427", "8"]),
+        (r"\pi", [r"\boxed{\pi}"], ["3.14159", "3.141593", r"\boxed{\frac{22}{7}}"]),
+        ("12", [r"\boxed{\sqrt{144}}"], ["3*4", r"\boxed{3 \times 4}", "12 or 13"]),
+        ("0.5", ["1/2"], ["50%"]),
+        ("listen", [], ["silent"]),  # to math-verify, products of the same letters
+        (["x+1", "5"], ["$1+x$", "5.0"], ["x"]),
+    ],
+)
+def test_equal_by_mathematics_and_not_by_rounding(reward, answer, right, wrong):
+    texts = [*right, *wrong]
+    assert reward(texts, [answer] * len(texts)) == [1.0] * len(right) + [0.0] * len(wrong)
+
+
+def test_it_explains_what_it_read(reward):
+    problem = Problem("p", (), "x+1")
+    assert "read '1+x'" in reward.explain(r"\boxed{1+x}", problem)
+    assert "to math-verify the same" in reward.explain(r"\boxed{1+x}", problem)
+    assert "wanted 'x+1'; to math-verify not" in reward.explain(r"\boxed{2+x}", problem)

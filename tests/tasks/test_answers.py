@@ -25,22 +25,22 @@ from lowmem_grpo.tasks.answers import (
     [
         ("The answer is 7.", 7),
         ("3 + 4 = 7", 7),
-        ("7-3", 3),
-        ("7 - 3", 3),
+        ("7-3", None),
+        ("7 - 3", None),
+        ("7 - 3 = 4", 4),
         ("x=-3", -3),
         ("(\u22122)", -2),
         ("-$5", -5),
         ("$-5", -5),
         (r"\$1,234.50", Fraction(2469, 2)),
         ("it costs $1,000,000.", 1_000_000),
-        ("1,2345", 2345),
-        ("12,34", 34),
+        ("12,34", Fraction(1234, 100)),
         ("0.10", Fraction(1, 10)),
         ("3.14.", Fraction(314, 100)),
         (".5", Fraction(1, 2)),
         ("1/2.", Fraction(1, 2)),
-        ("12/05/2020", 2020),
-        ("3/0", 0),
+        ("12/05/2020", None),
+        ("3/0", None),
         (r"\boxed{-42}", -42),
         ("**-8**", -8),
         ("7\n- 3", 3),
@@ -52,13 +52,13 @@ def test_last_number(text, number):
     assert last_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "none", "\u0663", "-", "$", ".", "\ud800"])
+@pytest.mark.parametrize("text", ["", "none", "-", "$", ".", "\ud800"])
 def test_text_without_a_number(text):
     assert last_number(text) is None
     assert parse_number(text) is None
 
 
-@pytest.mark.parametrize("text", ["7 apples", "3 4", "--5", "1,2345", "1e5", "50%", "5 - 3"])
+@pytest.mark.parametrize("text", ["7 apples", "3 4", "--5", "1,2345", "x = 5", "5 - 3"])
 def test_more_than_a_number_is_not_one(text):
     assert parse_number(text) is None
 
@@ -122,7 +122,7 @@ def test_final_answer_opens_the_box():
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\!\tfrac{\pi}{2})", True),
         (r"\text{Evelyn}", "Evelyn", True),
         (r"\leftarrow x", "arrow x", False),
-        (r"\frac{2}{4}", r"\frac{1}{2}", False),
+        (r"\frac{2x}{4}", r"\frac{x}{2}", False),
         ("12", "21", False),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_grpo.errors import TaskError
+from lowmem_grpo.errors import ConfigError, TaskError
+from lowmem_grpo.rewards import load_rewards
 from lowmem_grpo.tasks import TaskOptions, load_task
 from lowmem_grpo.tasks.base import permuted
 
@@ -226,7 +227,7 @@ def test_other_columns_become_fields_and_a_renamed_answer_keeps_its_name(tmp_pat
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(72.0, "72"), (1e-5, "0.00001"), (-3, "-3"), ([1, "\u00fc"], '[1, "\u00fc"]'), (True, "True")],
+    [(72.0, "72"), (1e-5, "0.00001"), (-3, "-3"), ([1, "\u00fc"], ["1", "\u00fc"]), (True, "True")],
 )
 def test_answers_become_text(tmp_path, value, text):
     path = write_jsonl(tmp_path / "v.jsonl", [{"prompt": "p", "answer": value}])
@@ -270,7 +271,7 @@ def test_worked_solutions_with_a_box(tmp_path):
     numbers = [{"prompt": "p", "answer": rf"\boxed{{{i}}}"} for i in range(3)]
     assert load(write_jsonl(tmp_path / "n.jsonl", numbers)).default_rewards == ("number",)
     mixed = write_jsonl(tmp_path / "m.jsonl", [*rows, {"problem": "a", "solution": "b"}])
-    assert load(mixed, **columns).default_rewards == ("task",)
+    assert load(mixed, **columns).default_rewards == ("math",)
 
 
 def test_cells_that_json_does_not_know_are_read_as_text(tmp_path):
@@ -443,3 +444,102 @@ def test_an_answer_behind_its_beginning_is_right(tmp_path):
     problem = task.train_problem(0)
     texts = ("It is Paris.", "Paris", "It is not Paris")
     assert [task.is_correct_strict(problem, text) for text in texts] == [True, True, False]
+    assert [task.score(problem, text) for text in texts] == [1.0, 1.0, 0.0]
+
+
+def test_a_list_has_accepted_answers_and_a_nested_column_a_dotted_name(tmp_path):
+    rows = [
+        {
+            "prompt": f"p{i}",
+            "extra": {"prompt": f"nested {i}"},
+            "reward_model": {"style": "rule", "ground_truth": [str(i), f"number {i}"]},
+            "a.b": "flat",
+            "a": {"b": "nested"},
+            "written": f'["{i}", "one"]',
+        }
+        for i in range(4)
+    ]
+    for path in (
+        write_jsonl(tmp_path / "v.jsonl", rows),
+        write_parquet(tmp_path / "v.parquet", rows),
+    ):
+        task = load(path, answer_column="reward_model.ground_truth", shuffle=False)
+        problem = task.train_problem(0)
+        assert problem.answer == rows[0]["reward_model"]["ground_truth"]
+        assert task.reply(problem) == "0"
+        assert [task.score(problem, t) for t in ("0", "Number 0.", "1")] == [1.0, 1.0, 0.0]
+        assert task.is_correct_strict(problem, "number 0")
+        assert not task.is_correct_strict(problem, "it is number 0")
+        assert task.is_correct_lenient(problem, "it is number 0, I think")
+        asked = load(path, prompt_column="extra.prompt", answer_column="a.b", shuffle=False)
+        assert asked.train_problem(0).messages[0]["content"] == "nested 0"
+        assert asked.train_problem(0).answer == "flat"  # a column with that very name comes first
+        assert (
+            load(path, answer_column="written", shuffle=False).train_problem(2).answer[1] == "one"
+        )
+        with pytest.raises(TaskError, match=r"did you mean 'reward_model\.ground_truth'"):
+            load(path, answer_column="ground_truth")
+        with pytest.raises(TaskError, match=r"like task\.answer_column=reward_model\.style"):
+            load(path, answer_column="reward_model")
+
+
+def test_a_float_is_its_shortest_decimal_in_its_own_precision(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    kinds = {"float32": pyarrow.float32(), "float64": pyarrow.float64(), "half": pyarrow.float16()}
+    for name, kind in kinds.items():
+        numpy = pytest.importorskip("numpy")
+        column = numpy.array([0.1, 72.0, 2.5], dtype=kind.to_pandas_dtype())
+        nested = pyarrow.array([[x] for x in column], pyarrow.list_(kind))
+        table = pyarrow.table({"prompt": list("abc"), "answer": column, "nested": nested})
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / f"{name}.parquet")
+        task = load(tmp_path / f"{name}.parquet", shuffle=False, eval_fraction=0)
+        assert [task.train_problem(i).answer for i in range(3)] == ["0.1", "72", "2.5"], name
+        assert task.train_problem(0).fields["nested"] == [0.1]
+        assert task.default_rewards == ("number",)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"style": "rule"}, "nested columns .style."),
+        ([["1"]], "a list of lists"),
+        ([], r"has \[\]"),
+        (["1", ""], "'' in its list"),
+        (["1", {"a": 1}], "nested columns .a. in its list"),
+        (None, "has None"),
+    ],
+)
+def test_a_cell_that_is_no_answer_is_refused_with_its_row(tmp_path, value, words):
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": value}]
+    with pytest.raises(TaskError, match=f"line 2 .*{words}"):
+        load(write_jsonl(tmp_path / "v.jsonl", rows))
+
+
+LONG = "It depends on many things. " * 20
+
+
+@pytest.mark.parametrize(
+    ("answers", "rewards", "words"),
+    [
+        (["1", "2,500", "#### 3", r"\boxed{\frac12}", "5 cm"], ("number",), "number reads 100.0%"),
+        (["A", "(B)", "C. "], ("choice",), "3 letters; reward choice reads 100.0%"),
+        (["1", r"\sqrt{2}", "1,2"], ("math",), "2 formulas, 1 number"),
+        (["Paris", "Rome", "3"], ("task",), "2 words, 1 number"),
+        (["1", ["2", "two"]], ("task",), "1 of them lists"),
+        (
+            ["Paris", LONG],
+            ("task",),
+            "task reads 50.0% of them, and none that is long, like line 2",
+        ),
+        ([LONG], (), "no reward by default compares"),
+    ],
+)
+def test_the_default_reward_follows_from_the_answers(tmp_path, answers, rewards, words):
+    pytest.importorskip("math_verify")
+    rows = [{"prompt": f"p{i}", "answer": answer} for i, answer in enumerate(answers)]
+    task = load(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert task.default_rewards == rewards
+    assert words in task.about_answers()
+    if not rewards:
+        with pytest.raises(ConfigError, match=r"long texts.*name a reward with --reward"):
+            load_rewards([], None, task)
