@@ -115,7 +115,9 @@ def _read_message(message: Any) -> dict[str, Any]:
     # An empty system message says that there is none, which keeps a template's own out.
     if not content.strip() and role != "system" and not message.get("tool_calls"):
         _refuse(message, f"is an empty one of the {role}: leave it out")
-    return {**message, "content": content}
+    # Arrow fills every message with the names that any has; to templates a name says something.
+    given = {name: value for name, value in message.items() if value is not None}
+    return {**given, "content": content}
 
 
 def _text_of(part: Any, message: dict[str, Any]) -> str:

@@ -109,6 +109,22 @@ def test_text_parts_are_joined_and_a_chat_may_be_written_as_json(tmp_path):
         assert all(task.train_problem(i).messages == said for i in range(task.num_train))
 
 
+def test_a_message_has_no_names_but_its_own(tmp_path):
+    call = {"type": "function", "function": {"name": "f"}}
+    chat = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+    ]
+    rows = [{"prompt": chat, "answer": "4"}]
+    said = (chat[0], {**chat[1], "content": ""}, chat[2])
+    for path in (
+        write_jsonl(tmp_path / "c.jsonl", rows),
+        write_parquet(tmp_path / "c.parquet", rows),
+    ):
+        assert load(path).train_problem(0).messages == said
+
+
 def test_chat_prompts_keep_their_messages_and_their_system_prompt(tmp_path):
     user = {"role": "user", "content": "2+2?"}
     own = {"role": "system", "content": "Own."}
