@@ -16,6 +16,9 @@ Four backends compute this and one naive twin defines it:
 
 The flash backends see one ragged batch: prompts, and completions whose keys are gathered behind
 their prompt's. The gathered copy costs sum(P + C) rows of keys and values for one layer at a time.
+Its backward pass adds the G + 1 gradients of a prompt's token in float32, in the order of the
+sequences, and rounds once: in 16 bits, in the order in which atomics come, the sum would be off by
+half a percent and another one each time.
 
 A model reaches this through transformers' `AttentionInterface`, under the name `ATTENTION`, with
 `model(..., layout=...)`; no mask function is registered for that name, so transformers builds no
@@ -28,8 +31,10 @@ batch.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -83,8 +88,8 @@ class PackedLayout:
             return _sdpa(self, query, key, value, scaling, window)
         if self.backend == "tiled":
             return tiled_attention(self.groups, query, key, value, scaling, window)
-        keys = key[0].transpose(0, 1).index_select(0, self.key_index)
-        values = value[0].transpose(0, 1).index_select(0, self.key_index)
+        keys = _Gather.apply(key[0].transpose(0, 1), self)
+        values = _Gather.apply(value[0].transpose(0, 1), self)
         call = _flash_attn if self.backend == "flash_attn" else _torch_varlen
         return call(self, query[0].transpose(0, 1), keys, values, scaling, window)[None]
 
@@ -111,6 +116,25 @@ class PackedLayout:
         for start, prompt, own, length in self.sequences:
             parts += [torch.arange(start, start + prompt), torch.arange(own, own + length)]
         return torch.cat(parts).to(self.device)
+
+    @cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each packed token lies among the keys of the ragged batch: the places (int64 [sum
+        of key lengths]), token by token, and the first of each token (int64 [T]).
+        """
+        places, firsts, row, done = [], [], 0, 0
+        for prompt, completions in self.groups:
+            lengths = [c for c in completions if c]
+            starts = list(accumulate([prompt, *(prompt + c for c in lengths)], initial=row))
+            row = starts.pop()
+            places.append((torch.arange(prompt)[:, None] + torch.tensor(starts)).flatten())
+            firsts.append(torch.arange(prompt) * len(starts) + done)
+            done += prompt * len(starts)
+            for start, length in zip(starts[1:], lengths, strict=True):
+                places.append(torch.arange(length) + start + prompt)
+                firsts.append(torch.arange(length) + done)
+                done += length
+        return torch.cat(places).to(self.device), torch.cat(firsts).to(self.device)
 
     @cached_property
     def ragged(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -149,6 +173,26 @@ class PackedLayout:
                 found.append((start, prompt, 0, 0, None, None))
             start += prompt + sum(completions)
         return found
+
+
+class _Gather(torch.autograd.Function):
+    """Rows [T, K, E] at the `key_index` of a layout."""
+
+    @staticmethod
+    def forward(ctx, x_TKE, layout):
+        if ctx.needs_input_grad[0]:
+            # Not saved as tensors: they are the layout's, and stay where they are.
+            ctx.places = layout.places
+        return x_TKE.index_select(0, layout.key_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        places, firsts = ctx.places
+        # It sums rows in the order of `places`, in float32 (float64) and without atomics, on CPUs
+        # and cards: ATen/native/EmbeddingBag.cpp, cuda/EmbeddingBag.cu.
+        summed = torch.nn.functional.embedding_bag(places, grad.flatten(1), firsts, mode="sum")
+        return summed.unflatten(1, grad.shape[1:]), None
 
 
 def _flash_attn(layout, query_THE, keys, values, scaling, window):

@@ -47,6 +47,20 @@ def without_optimizer(events):
     return [event for event in events if event.id not in made]
 
 
+def without_largest(events):
+    """Without one more number of each token, which a CPU's sums of gathered rows allocate, and a
+    card's do not: of keys and values, in each layer, micro-batch and step.
+    """
+    keys = 8 * 39  # in either micro-batch, prompts repeated
+    more = set()
+    for of_keys, of_tokens, event in zip(events, events[1:], events[2:], strict=False):
+        actions = {of_keys.action, of_tokens.action, event.action}
+        if actions == {"alloc"} and of_keys.size == keys > of_tokens.size == event.size:
+            more.add(event.id)
+    assert len(more) == 2 * 2 * 2 * 2
+    return [event for event in events if event.id not in more]
+
+
 def assert_same(found, expected):
     first = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), None)
     assert first is None, "\n".join(map(str, first))
@@ -66,7 +80,8 @@ def test_fake_cpu_tensors_give_the_events_of_cuda(on_cuda, architecture, checkpo
     cuda = numbered(on_cuda[f"{architecture} {checkpointing}"])
     assert {e.phase for e in cuda} == {"load", "reference", "update", "optimizer"}
     assert "checkpoints" in {e.component for e in cuda} or not checkpointing
-    cpu = numbered(record_steps(architecture, "cpu", checkpointing=checkpointing))
+    cpu = record_steps(architecture, "cpu", checkpointing=checkpointing)
+    cpu = numbered(without_largest(cpu))
     assert_same(cpu, cuda)
     assert_close(cpu, cuda)
 

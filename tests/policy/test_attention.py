@@ -7,11 +7,12 @@ import types
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_grpo.memory.simulate import add_up
 from lowmem_grpo.memory.trace import Recorder
-from lowmem_grpo.policy.attention import BACKENDS, PackedLayout, naive_attention
+from lowmem_grpo.policy.attention import BACKENDS, PackedLayout, _Gather, naive_attention
 from lowmem_grpo.policy.tiled_attention import Limits, _tiles, tiled_attention
 from lowmem_grpo.rollout.cache import Prefill, WaveCache
 from tests.grpo.policies import open_policy, plain_forward
@@ -125,6 +126,40 @@ def test_half_precision_goes_in_and_comes_out(backend):
     assert out.dtype == torch.bfloat16
     expected = naive_attention(groups, *(x.float() for x in qkv), 0.4)
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_gradients_of_gathered_keys_are_added_in_float32_and_in_order(groups, dtype):
+    layout = PackedLayout(groups, "torch_varlen", CPU)
+    shape = layout.tokens, 3, 5
+    gathered = torch.randn(len(layout.key_index), *shape[1:]).to(dtype)
+    exact = torch.zeros(shape, dtype=torch.float64)
+    exact.index_add_(0, layout.key_index, gathered.double())  # the naive twin
+    found, operations = [], _Operations()
+    for _ in range(2):
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        out = _Gather.apply(x, layout)
+        torch.testing.assert_close(out, x.detach()[layout.key_index], rtol=0, atol=0)
+        with operations:
+            found += torch.autograd.grad(out, x, gathered)
+    # Rounded once: nothing is nearer in that dtype but where float32 itself had to round.
+    torch.testing.assert_close(found[0].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(*found)
+    # Which a card would run by atomics, in that dtype.
+    assert not {name for name in operations.seen if "index" in name or "scatter" in name}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
