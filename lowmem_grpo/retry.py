@@ -1,4 +1,4 @@
-"""A phase that ran out of the card's memory is repeated with less at once.
+"""A phase that ran out of memory, the card's or the host's, is repeated with less at once.
 
     for attempt in fitting.attempts("update"):
         with attempt as config: ...
@@ -21,6 +21,7 @@ import torch
 
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import PlanError
+from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
 
 __all__ = ["Attempt", "Fitting"]
 
@@ -49,10 +50,10 @@ class Attempt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             return False
         # The words alone: the error's frames hold the tensors that there was no room for.
-        self.error = str(error).splitlines()[0]
+        self.error = first_line(error)
         return True
 
 

@@ -16,6 +16,7 @@ from lowmem_grpo.memory.card import machine_card
 from lowmem_grpo.memory.measure import Gauge, alive, measure
 from lowmem_grpo.memory.shapes import longest
 from lowmem_grpo.memory.watch import compare
+from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
 from lowmem_grpo.rewards.model import ModelReward
 from lowmem_grpo.setup import load_models, open_optimizer, open_policy, reward_models
 
@@ -59,9 +60,11 @@ def profile(
             shapes = longest(config, planner.padded)
             how = {"optimizer": optimizer, "steps": steps, "advance": advance}
             measure(policy, config, shapes, gauge, models=models, **how)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise PlanError(
-            f"out of memory in {gauge.running}, though the plan fits: {str(error).splitlines()[0]}"
+            f"out of memory in {gauge.running}, though the plan fits: {first_line(error)}"
         ) from error
     measured = gauge.measured()
     return {

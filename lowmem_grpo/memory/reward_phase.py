@@ -25,6 +25,7 @@ from lowmem_grpo.memory.components import REWARD_MODEL
 from lowmem_grpo.memory.joining import Part, layers_by_name
 from lowmem_grpo.memory.layers import alike, deepened, shortened
 from lowmem_grpo.memory.unreal import Values
+from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
 from lowmem_grpo.policy.classifier import (
     Classifier,
     classifier_without_weights,
@@ -188,7 +189,8 @@ def _refused(name: str):
     try:
         yield
     except (NotImplementedError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name} cannot be planned as a reward model: {reason}") from error
+        raise ModelError(
+            f"{name} cannot be planned as a reward model: {first_line(error)}"
+        ) from error

@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import DamageError, PlanError
 from lowmem_grpo.memory.allocator import MIB
 from lowmem_grpo.memory.measure import Gauge, alive, measure
 from lowmem_grpo.memory.plan import MemoryPlan, PhasePlan, Planner
 from lowmem_grpo.memory.shapes import Shapes, longest
+from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
 from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.run.directory import write_atomic
 from lowmem_grpo.run.meter import Meter
@@ -128,9 +127,11 @@ class Watch:
                 gauge.adopt(alive(policy, optimizer, self.models), policy.model)
                 how = {"models": self.models, "advance": advance}
                 measure(policy, self.config, shapes, gauge, **how)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise PlanError(
-                f"the rehearsal ran out of memory, in {gauge.running}: {str(error).splitlines()[0]}"
+                f"the rehearsal ran out of memory, in {gauge.running}: {first_line(error)}"
             ) from error
         measured = gauge.measured()
         measured.peaks.pop("load", None)  # which was over before this began

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lowmem_grpo.errors import ModelError
+from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
 from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.policy.adapters import describe_adapters
 from lowmem_grpo.policy.attention import ATTENTION
@@ -149,7 +150,7 @@ def read_tokenizer(name: str, chat_template: str | None, setting: str, way_out: 
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # `tokenizers` raises no narrower one for a bad file
             raise ModelError(
-                f"cannot load the tokenizer of {name}: {_first_line(error)}{broken_file(source)}"
+                f"cannot load the tokenizer of {name}: {first_line(error)}{broken_file(source)}"
             ) from error
     if code := own_tokenizer(tokenizer.init_kwargs):
         raise ModelError(
@@ -190,9 +191,7 @@ def _read_config(name: str, source: str, **fields):
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **fields)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot read the configuration of {name}: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"cannot read the configuration of {name}: {first_line(error)}") from error
 
 
 def load_in_4_bits(
@@ -224,10 +223,10 @@ def load_in_4_bits(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = _first_line(error)
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
         if error.args == (ATTENTION,):  # looked up in the model's own table of attentions
             reason = f"the attention of {config.model_type} models cannot be replaced"
         raise ModelError(f"cannot load {name}: {reason}{broken_file(source)}") from error
@@ -338,17 +337,13 @@ def _plain(policy: Policy, prompt: torch.Tensor, own: torch.Tensor) -> torch.Ten
 def _supported(policy: Policy, name: str):
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         # What is passed to the attention, or asked of it, is this architecture's own affair.
         kind = _kind(policy, name)
-        raise ModelError(f"{kind} is not supported: {_first_line(error)}") from error
+        raise ModelError(f"{kind} is not supported: {first_line(error)}") from error
 
 
 def _kind(policy: Policy, name: str) -> str:
     return f"{name} ({type(policy.causal_lm).__name__})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -31,6 +31,7 @@ import torch
 
 from lowmem_grpo.errors import ConfigError, PlanError, TaskError, nearest
 from lowmem_grpo.isolation.worker import Failure
+from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
 from lowmem_grpo.policy.classifier import Classifier, load_classifier, read_classifier_config
 from lowmem_grpo.policy.files import check_tokens
 from lowmem_grpo.policy.load import read_tokenizer
@@ -166,9 +167,11 @@ class ModelReward:
                 for batch in batches(rows, self._tokens):
                     found |= zip(batch, self._scores(batch), strict=True)
             return found
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if self._tokens <= max(map(len, rows)):
-                reason = str(error).splitlines()[0].rstrip(".")
+                reason = first_line(error).rstrip(".")
                 raise PlanError(
                     f"out of memory in the reward model {self.spec.name}, with the longest "
                     f"conversation by itself: {reason}; lower max=, or take a smaller reward model"

@@ -218,3 +218,64 @@ def test_a_phase_that_cannot_be_cut_is_not_tried_for_ever():
     assert "planned 3 MiB" in warned[0]
     with pytest.raises(ValueError, match="another"):
         run(ValueError("another error"))
+
+
+MEMORY = {  # what libraries say, word for word
+    "pinned pages": torch.AcceleratorError(
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com"
+    ),
+    "cuBLAS": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "cuBLAS, as an accelerator's": torch.AcceleratorError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasLtMatmul( ... )`\nMore"
+    ),
+    "cuDNN 8": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuDNN 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cuSOLVER": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"
+    ),
+    "expandable segments": RuntimeError("CUDA driver error: out of memory"),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "the host's": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 281474976710656 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "Python's": MemoryError(),
+}
+ANOTHER = {
+    "an address": torch.AcceleratorError(
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be "
+        "asynchronously reported, even an out of memory"
+    ),
+    "an assertion": torch.AcceleratorError("CUDA error: device-side assert triggered\nMore"),
+    "a launch": torch.AcceleratorError("CUDA error: unspecified launch failure"),
+    "cuBLAS": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"
+    ),
+    "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    "a value": ValueError("out of memory cells"),
+}
+
+
+def raise_in(phase, error):
+    """The micro-batches that a phase was tried with that raises an error each time."""
+    config, tried = build_config([("t", {"memory": {"micro_batch_tokens": 8}})]), []
+    for attempt in Fitting(config, Policy(), {}, lambda text: None).attempts(phase, 8):
+        with attempt as fits:
+            tried.append(fits.memory.micro_batch_tokens)
+            if len(tried) < 3:
+                raise error
+    return tried
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_whatever_ran_out_of_memory_is_repeated(name):
+    assert raise_in("update", MEMORY[name]) == [8, 4, 2]
+
+
+@pytest.mark.parametrize("name", ANOTHER)
+def test_no_other_error_is_repeated(name):
+    with pytest.raises(type(ANOTHER[name])) as caught:
+        raise_in("update", ANOTHER[name])
+    assert caught.value is ANOTHER[name]

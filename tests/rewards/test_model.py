@@ -104,14 +104,18 @@ def test_a_score_that_is_no_number_has_failed(task, directory):
     assert found.failures["model"][0].message == "its score is nan"
 
 
-def test_out_of_memory_it_goes_on_with_smaller_batches(task, directory, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_out_of_memory_it_goes_on_with_smaller_batches(task, directory, monkeypatch, caplog, kind):
     reward = opened(task, f"model:{directory},batch=400")
     expected, most = scored(task, reward).total, 100
+    words = "CUDA out of memory"
+    if kind is torch.AcceleratorError:
+        words = "CUDA error: out of memory"
     plain = reward.function.classifier.logits
 
     def limited(rows):
         if sum(map(len, rows)) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+            raise kind(f"{words}.\nMore.")
         return plain(rows)
 
     monkeypatch.setattr(reward.function.classifier, "logits", limited)
@@ -122,9 +126,7 @@ def test_out_of_memory_it_goes_on_with_smaller_batches(task, directory, monkeypa
     scored(task, reward)
     assert not caplog.text
     most = 50
-    with pytest.raises(
-        PlanError, match=r"longest conversation by itself: CUDA out of memory; lower max="
-    ):
+    with pytest.raises(PlanError, match=rf"longest conversation by itself: {words}; lower max="):
         scored(task, reward)
 
 
