@@ -82,12 +82,16 @@ class HostBuffers:
 
     def begin(self, overlap: bool) -> None:
         """A forward pass begins; what the one before it kept may be overwritten."""
+        self.forget()
+        self._overlap = overlap
+
+    def forget(self) -> None:
+        """Let go of what is on the device: a pass that did not get to its end fetched it."""
         self.let_go()
         for _, done in self._arriving.values():
             self._wait(done)
         self._arriving.clear()
         self._kept.clear()
-        self._overlap = overlap
 
     def let_go(self) -> None:
         """What is leaving has left, for whatever is asked for from here on."""

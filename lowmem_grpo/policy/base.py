@@ -194,8 +194,10 @@ class Policy:
 
     def release(self) -> None:
         """Give memory that is cached and not in use back to the card. To be called between phases:
-        what one leaves in pieces has the wrong sizes for the next.
+        what one leaves in pieces has the wrong sizes for the next, and what was fetched for a
+        backward pass that ran out of memory is of no use any more.
         """
+        self.buffers.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -205,3 +205,17 @@ def test_another_order_than_backwards_is_right_too():
         assert torch.equal(buffers.take(kept[place]), tensors[place])
     buffers.begin(overlap=False)  # a backward pass that was given up leaves nothing behind
     assert torch.equal(buffers.take(buffers.put(tensors[2])), tensors[2])
+
+
+def test_an_attempt_that_ran_out_of_memory_leaves_nothing_on_the_device(policy, monkeypatch):
+    """Its backward pass had fetched a layer's input ahead of time, and a copy was under way."""
+    late = LateStream()
+    monkeypatch.setattr(policy, "buffers", HostBuffers(late))
+    policy.buffers.begin(overlap=True)
+    kept = [policy.buffers.put(torch.ones(8)) for _ in range(3)]
+    policy.buffers.take(kept[2])
+    ((fetched, _),) = policy.buffers._arriving.values()
+    fetched = weakref.ref(fetched)
+    policy.release()
+    assert fetched() is None
+    assert late.done == len(late.asked)  # nothing writes any more to what was given back
