@@ -61,7 +61,7 @@ def most_tokens(config: Config) -> int:
 
 def trunk_tokens(groups: list[Group], config: Config) -> int:
     """The trunk tokens of all micro-batches of scored groups."""
-    return sum(batch.tokens for batch in pack_groups(groups, config))
+    return sum(batch.tokens for batch in pack_groups(groups, config, old_policy="sampler"))
 
 
 def roll_out(
@@ -224,8 +224,12 @@ def _steps(group: Group) -> list[list[float]]:
     return [[] if gone else steps for steps, gone in pairs]
 
 
-def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
-    """The micro-batches of scored groups as configured."""
+def pack_groups(
+    groups: list[Group], config: Config, *, old_policy: str | None = None
+) -> list[PackedBatch]:
+    """The micro-batches of scored groups as configured. `old_policy`: in place of the configured
+    one, whose log-probs may not be there yet.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     dropped = [gone for group in groups for gone in group.dropped]
     kept = [rollout for rollout, gone in zip(rollouts, dropped, strict=True) if not gone]
@@ -248,7 +252,7 @@ def pack_groups(groups: list[Group], config: Config) -> list[PackedBatch]:
         groups,
         weights,
         entropy_threshold=threshold,
-        old_policy=config.grpo.old_policy,
+        old_policy=old_policy or config.grpo.old_policy,
         max_tokens=config.memory.micro_batch_tokens,
         min_completion_length=config.rollout.min_completion_length,
         # With a KL penalty, or an entropy bonus, every rollout reaches the gradient, whatever its

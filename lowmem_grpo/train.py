@@ -223,7 +223,7 @@ def train(
                             meter.phase("reference"),
                             console.progress("reference", most) as advance,
                         ):
-                            batches = pack_groups(state.groups, fits)
+                            batches = pack_groups(state.groups, fits, old_policy="sampler")
                             score_reference(policy, batches, scoring, advance)
                     if config.grpo.use_kl_in_reward:
                         set_advantages(state.groups, rewards, config)

@@ -100,7 +100,8 @@ def pack(
     `entropy_threshold`, tokens that were drawn with less entropy have no surrogate. `old_policy`:
     whose log-probs ratios start from: the "sampler"'s, those of the "base" where the reference has
     been asked, or the "trainer"'s, which are not there before the first update. Rollouts keep their
-    order; a prompt is repeated only where its group is cut.
+    order; a prompt is repeated only where its group is cut. Raises ValueError where a rollout lacks
+    log-probs or entropies that it has to have, or has another number of them than tokens.
     """
     lay = partial(
         _lay,
@@ -164,6 +165,10 @@ def _lay(
 ) -> PackedBatch:
     ids, positions, rows, targets, old, reference, sampler = [], [], [], [], [], [], []
     advantages, weights, no_end, kept, layout, members = [], [], [], [], [], []
+    # Those of one rollout are there where those of any are: half of them would be a defect.
+    all_rollouts = [rollout for part in parts for rollout, _, _ in part.rollouts]
+    has_reference = old_policy == "base" or any(r.ref_logprobs is not None for r in all_rollouts)
+    has_old = old_policy == "trainer" and any(r.old_logprobs is not None for r in all_rollouts)
     for part in parts:
         prompt = len(part.prompt_ids)
         last_of_prompt = len(ids) + prompt - 1
@@ -176,32 +181,43 @@ def _lay(
             positions += range(prompt, prompt + len(tokens) - 1)
             rows += [last_of_prompt, *range(own, own + len(tokens) - 1)]
             targets += tokens
-            own = {"base": rollout.ref_logprobs, "trainer": rollout.old_logprobs}
-            old += own.get(old_policy) or rollout.logprobs
-            sampler += rollout.logprobs
-            reference += rollout.ref_logprobs or []
+            sampler += _numbers("sampler's log-probs", rollout.logprobs, tokens)
+            if has_reference:
+                reference += _numbers("reference's log-probs", rollout.ref_logprobs, tokens)
+            if has_old:
+                old += _numbers("trainer's log-probs", rollout.old_logprobs, tokens)
             advantages += own_advantages
             weights += [weight] * len(tokens)
             no_end += [t < min_completion_length for t in range(len(tokens))]
             if entropy_threshold is not None:
-                kept += [entropy >= entropy_threshold for entropy in rollout.entropies]
+                entropies = _numbers("sampler's entropies", rollout.entropies, tokens)
+                kept += [entropy >= entropy_threshold for entropy in entropies]
             members.append(rollout)
         layout.append((prompt, tuple(len(r.completion_ids) - 1 for r, _, _ in part.rollouts)))
+    # With the trainer as old policy, those of the sampler stand in before the first update.
+    of_old = reference if old_policy == "base" else old if has_old else sampler
     return PackedBatch(
         input_ids_T=torch.tensor(ids),
         positions_T=torch.tensor(positions),
         groups=tuple(layout),
         rows_N=torch.tensor(rows),
         targets_N=torch.tensor(targets),
-        old_logprobs_N=torch.tensor(old, dtype=torch.float32),
+        old_logprobs_N=torch.tensor(of_old, dtype=torch.float32),
         sampler_logprobs_N=(
             torch.tensor(sampler, dtype=torch.float32) if old_policy == "trainer" else None
         ),
-        old_is_known=old_policy != "trainer" or members[0].old_logprobs is not None,
+        old_is_known=old_policy != "trainer" or has_old,
         advantages_N=torch.tensor(advantages, dtype=torch.float32),
         weights_N=torch.tensor(weights, dtype=torch.float32),
         no_end_N=torch.tensor(no_end),
-        ref_logprobs_N=torch.tensor(reference, dtype=torch.float32) if reference else None,
+        ref_logprobs_N=torch.tensor(reference, dtype=torch.float32) if has_reference else None,
         kept_N=torch.tensor(kept) if entropy_threshold is not None else None,
         members=tuple(members),
     )
+
+
+def _numbers(name: str, values: list[float] | None, tokens: list[int]) -> list[float]:
+    found = 0 if values is None else len(values)
+    if found != len(tokens):
+        raise ValueError(f"a completion of {len(tokens)} tokens has {found} of the {name}")
+    return values

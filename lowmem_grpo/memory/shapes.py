@@ -222,7 +222,9 @@ def groups_of(batch: Batch) -> list[Group]:
 def packed(batches: list[list[Group]], config: Config) -> list[PackedBatch]:
     """One micro-batch of each list of groups, whatever its size, with what a run has beside it."""
     threshold = 0.0 if config.grpo.masks_by_entropy else None
-    found = []
+    old_policy, found = config.grpo.old_policy, []
+    if old_policy == "base" and config.rollout.pool is None:
+        old_policy = "sampler"  # the reference is yet to be asked
     for groups in batches:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         weights = [1.0 / len(rollouts)] * len(rollouts)
@@ -234,7 +236,7 @@ def packed(batches: list[list[Group]], config: Config) -> list[PackedBatch]:
             weights,
             max_tokens=MOST_TOKENS,
             entropy_threshold=threshold,
-            old_policy=config.grpo.old_policy,
+            old_policy=old_policy,
         )
     return found
 

@@ -194,3 +194,40 @@ def test_to_moves_tensors_and_keeps_the_rest():
     assert all(value.device.type == "meta" for value in tensors)
     assert moved.members is batch.members
     assert moved.ref_logprobs_N is None
+
+
+@pytest.mark.parametrize(
+    ("old_policy", "field", "missing"),
+    [
+        ("base", "ref_logprobs", "all"),
+        ("base", "ref_logprobs", "one"),
+        ("sampler", "ref_logprobs", "one"),
+        ("trainer", "old_logprobs", "one"),
+        ("trainer", "old_logprobs", "last token"),
+        ("sampler", "logprobs", "last token"),
+        ("sampler", "entropies", "all"),
+    ],
+)
+def test_missing_numbers_are_not_made_up(old_policy, field, missing):
+    groups = make_groups(SHAPE, reference=True)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    for rollout in rollouts:
+        rollout.old_logprobs = [x - 0.5 for x in rollout.logprobs]
+        rollout.entropies = [1.0] * len(rollout.logprobs)
+    weights = weights_of(groups)
+    how = {"max_tokens": 1000, "old_policy": old_policy, "entropy_threshold": 0.5}
+    (batch,) = pack(groups, weights, **how)
+    own = {"base": "ref_logprobs", "trainer": "old_logprobs", "sampler": "logprobs"}[old_policy]
+    expected = [x for rollout in rollouts for x in getattr(rollout, own)]
+    assert torch.equal(batch.old_logprobs_N, torch.tensor(expected))
+    for rollout in rollouts if missing == "all" else rollouts[4:5]:
+        there = getattr(rollout, field)[:-1] if missing == "last token" else None
+        setattr(rollout, field, there)
+    with pytest.raises(ValueError, match=r"tokens has \d of the (reference|trainer|sampler)'s"):
+        pack(groups, weights, **how)
+
+
+def test_before_the_first_update_the_trainers_are_not_known():
+    groups = make_groups(SHAPE)
+    (batch,) = pack(groups, weights_of(groups), max_tokens=1000, old_policy="trainer")
+    assert not batch.old_is_known
