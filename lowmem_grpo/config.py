@@ -101,14 +101,14 @@ class Config(Section):
         return self
 
     def settled(self, values: dict[str, Any], origin: str) -> Config:
-        """The same run with other values ("section.key": value), which came from `origin`."""
-        sections: dict[str, dict[str, Any]] = {}
+        """The same run with other values ("section.key": value), which came from `origin`. Raises
+        ConfigError for values that a run file could not have.
+        """
+        sections: dict[str, Any] = {name: getattr(self, name) for name in _section_names()}
         for name, value in values.items():
             section, key = name.split(".")
-            sections.setdefault(section, {})[key] = value
-        changed = {s: getattr(self, s).model_copy(update=v) for s, v in sections.items()}
-        sources = {**self.sources, **dict.fromkeys(values, origin)}
-        return self.model_copy(update={**changed, "sources": sources})
+            sections[section] = {**dict(sections[section]), key: value}
+        return _validated(sections, {**self.sources, **dict.fromkeys(values, origin)})
 
     @property
     def keeps_reference(self) -> bool:
@@ -161,6 +161,10 @@ def build_config(layers: list[tuple[str, dict[str, dict[str, Any]]]]) -> Config:
                 _known(f"{section}.{key}", [f"{section}.{k}" for k in fields], origin, "key")
                 values.setdefault(section, {})[key] = value
                 sources[f"{section}.{key}"] = origin
+    return _validated(values, sources)
+
+
+def _validated(values: dict[str, Any], sources: dict[str, str]) -> Config:
     try:
         return Config.model_validate({**values, "sources": sources})
     except ValidationError as error:

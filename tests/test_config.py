@@ -182,3 +182,32 @@ def test_every_field_is_described():
         if section != "sources":
             for key, entry in field.annotation.model_fields.items():
                 assert entry.description, f"{section}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("memory.micro_batch_tokens", 0, "memory.micro_batch_tokens = 0 (from plan): Input should"),
+        ("memory.kv_cache_bits", 4, "memory.kv_cache_bits = 4 (from plan): Input should be 8"),
+        ("rollout.num_generations", 1, "rollout.num_generations = 1 (from plan): Input should be"),
+        ("rollout.max_completion_length", 5, "min_completion_length = 6 is above"),
+        ("eval.batch_size", 2.5, "eval.batch_size = 2.5 (from plan): Input should be"),
+        ("run.steps", 3, "warmup_steps = 3 leaves nothing"),
+    ],
+)
+def test_what_is_settled_later_keeps_to_the_same_rules(key, value, says):
+    config = build_config(
+        [("a", {"rollout": {"min_completion_length": 6}, "optimizer": {"warmup_steps": 3}})]
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.settled({key: value}, "plan")
+    assert says in str(caught.value)
+
+
+def test_settling_changes_nothing_else():
+    config = Config()
+    for section in (name for name in Config.model_fields if name != "sources"):
+        for key, value in getattr(config, section):
+            same = config.settled({f"{section}.{key}": value}, "plan")
+            assert same.model_dump() == config.model_dump()
+            assert same.sources == {f"{section}.{key}": "plan"}

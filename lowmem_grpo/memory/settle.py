@@ -72,7 +72,8 @@ def settle_evaluation(planner: Planner, config: Config) -> Config:
 
 def settle_sampling(planner: Planner, config: Config, count: int) -> Config:
     """A configuration for `count` completions of one prompt, as many at once as fit."""
-    one = {"rollout.problems_per_step": 1, "rollout.num_generations": count, **UNSCORED}
+    # A group has two at least.
+    one = {"rollout.problems_per_step": 1, "rollout.num_generations": max(count, 2), **UNSCORED}
     search = Search(planner, config.settled(one, "command line"))
     search.choose_rows()
     return search.config

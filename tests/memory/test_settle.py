@@ -210,8 +210,9 @@ def test_an_evaluation_gets_its_own_batch(model):
     assert 1 <= config.eval.batch_size < 64
     assert phase(plan, "evaluation").peak_reserved_bytes <= SMALL.available_bytes
     assert settle_evaluation(planner(model, LARGE), configured(model)).eval.batch_size == 64
-    sampling = settle_sampling(planner(model, LARGE), configured(model), 6)
-    assert sampling.memory.rollout_batch_size == 6
+    for count in (6, 1):
+        sampling = settle_sampling(planner(model, LARGE), configured(model), count)
+        assert sampling.memory.rollout_batch_size == max(count, 2)
 
 
 @pytest.mark.slow
