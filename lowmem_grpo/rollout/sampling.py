@@ -7,8 +7,9 @@ device, nor which completions are decoded together changes them.
 
 Truncation follows the usual definitions: top_k keeps the k most likely tokens, top_p the fewest
 whose probabilities reach p (Holtzman et al., arXiv 1904.09751), min_p those at least that fraction
-of the most likely one (arXiv 2407.01082); in that order, after the temperature. The log-prob is
-always that of the distribution drawn from.
+of the most likely one (arXiv 2407.01082); in that order, after the temperature. Of equally likely
+tokens top_k and top_p keep those with the smaller ids. The log-prob is always that of the
+distribution drawn from.
 
 Pure. Shapes: R rows, V vocabulary, C tokens.
 """
@@ -67,9 +68,13 @@ def distribution(logits_RV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         logits_RV = logits_RV / sampling.temperature
     if sampling.top_k and sampling.top_k < logits_RV.shape[1]:
         kth_R1 = logits_RV.topk(sampling.top_k).values[:, -1:]
-        logits_RV = logits_RV.masked_fill(logits_RV < kth_R1, -torch.inf)
+        more_RV, equal_RV = logits_RV > kth_R1, logits_RV == kth_R1
+        # In 16 bits many tokens may be equally likely: of those at the end the first ones stay.
+        room_R1 = sampling.top_k - more_RV.sum(1, keepdim=True)
+        beyond_RV = equal_RV & (equal_RV.cumsum(1) > room_R1)
+        logits_RV = logits_RV.masked_fill((logits_RV < kth_R1) | beyond_RV, -torch.inf)
     if sampling.top_p < 1.0:
-        sorted_RV, order_RV = logits_RV.sort(descending=True)
+        sorted_RV, order_RV = logits_RV.sort(descending=True, stable=True)
         p_RV = sorted_RV.softmax(1)
         # A token stays when what comes before it has not reached p: the first always does.
         beyond_RV = p_RV.cumsum(1) - p_RV >= sampling.top_p

@@ -65,6 +65,33 @@ def test_truncations_against_their_definitions(sampling):
             assert logp[token].item() == pytest.approx(math.log(p), abs=2e-5)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(top_k=1),
+        Sampling(top_k=4),
+        Sampling(top_k=7, temperature=0.7),
+        Sampling(top_p=0.5),
+        Sampling(top_k=9, top_p=0.6),
+    ],
+    ids=str,
+)
+def test_of_equally_likely_tokens_the_first_stay(sampling):
+    """As in 16 bits, in which many logits are the same."""
+    logits = (random_logits(40, 300) * 2).round() / 2
+    logits[0] = 0.0
+    logits[1, 5:] = -torch.inf
+    for row, logp in zip(logits.tolist(), distribution(logits, sampling), strict=True):
+        kept = {v for v in naive_kept(row, sampling) if row[v] > -math.inf}
+        assert set(logp.isfinite().nonzero()[:, 0].tolist()) == kept
+
+
+def test_truncation_does_not_hide_a_logit_that_is_nan():
+    logits = random_logits(1, 30)
+    logits[0, 3] = torch.nan
+    assert distribution(logits, Sampling(top_k=4)).isnan().all()
+
+
 def test_which_settings_truncate():
     assert not Sampling(temperature=0.3, min_completion_length=4).truncates
     for name, value in (("top_p", 0.9), ("top_k", 3), ("min_p", 0.1)):
