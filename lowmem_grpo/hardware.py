@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_grpo.errors import ConfigError
+from lowmem_grpo.flash_package import why_no_flash_attn
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION_BACKENDS = ("flash_attn", "torch_varlen", "sdpa", "tiled")
@@ -113,7 +114,7 @@ def detect(device: str = "auto") -> Machine:
         return Machine("cpu", cpu_name, host_memory, None, versions=versions, **shared)
     properties = torch.cuda.get_device_properties(chosen)
     versions, unusable = _versions(torch), {}
-    if problem := _why_no_flash_attn():
+    if problem := why_no_flash_attn():
         unusable["flash_attn"] = problem
     else:
         versions["flash_attn"] = importlib.metadata.version("flash_attn")
@@ -246,18 +247,6 @@ def _why_no_flash_kernel(machine: Machine, dtype: str, head_dim: int | None) -> 
         return "flash attention needs bfloat16 or float16, not float32"
     if head_dim is not None and (head_dim > 256 or head_dim % 8):
         return f"flash attention needs heads of up to 256 in steps of 8, this model has {head_dim}"
-    return None
-
-
-def _why_no_flash_attn() -> str | None:
-    # A flash-attn built for another torch is found but does not load, and flash-attn-4 alone
-    # installs a `flash_attn` without this function: only the import tells.
-    try:
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ModuleNotFoundError:
-        return "the package flash-attn is not installed"
-    except (ImportError, OSError) as error:
-        return f"the package flash-attn does not load: {_first_sentence(error)}"
     return None
 
 

@@ -348,3 +348,26 @@ def test_importing_these_modules_does_not_import_torch():
         "sys.exit(any(name in sys.modules for name in ('torch', 'bitsandbytes', 'psutil')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "usable"),
+    [("2.5.4", False), ("2.5", False), ("2.5.5", True), ("2.8.3.post1", True), ("2.10.0", True)],
+)
+def test_a_flash_attn_without_a_backward_pass_for_large_heads_is_too_old(
+    a_card_that_is_not_there, monkeypatch, version, usable
+):
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = lambda *args: None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(
+        hardware.importlib.metadata,
+        "version",
+        lambda name, own=hardware.importlib.metadata.version: (
+            version if name == "flash_attn" else own(name)
+        ),
+    )
+    machine = hardware.detect("cuda")
+    assert ("flash_attn" in machine.versions) is usable
+    if not usable:
+        assert "too old (2.5.5 or newer" in machine.unusable["flash_attn"]
