@@ -7,7 +7,8 @@ bottom.
 A step is one optimizer step; a batch of groups serves `grpo.num_iterations` of them. What is in
 hand between two phases (`State`) is all that a run is: it is saved after each of them, so that a
 run which was stopped, or killed, goes on with the same tokens. A phase that runs out of memory is
-repeated with less at once, and no step is taken where a number is NaN or infinite.
+repeated with less at once, an update whose gradients overflow float16 with a lower loss scale, and
+no step is taken where a number is NaN or infinite.
 
 Left out: several devices, multi-turn episodes.
 """
@@ -17,8 +18,6 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 from lowmem_grpo.batch import (
     complete,
@@ -31,6 +30,7 @@ from lowmem_grpo.batch import (
     trunk_tokens,
 )
 from lowmem_grpo.config import Config, config_toml
+from lowmem_grpo.grpo.loss_scale import LossScale
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.hardware import detect
 from lowmem_grpo.idle import idle_settings
@@ -114,12 +114,12 @@ def train(
         base_name = resolve(config.model.name)
         parameters = list(policy.adapter_parameters().values())
         optimizer = open_optimizer(config, parameters)
-        scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
+        loss_scale = LossScale(policy.device, policy.dtype)
         base = Base(policy)
         state = resumed.load(policy, optimizer, base, pool)
         base.expect_reference()
-        if scaler is not None and state.scaler:
-            scaler.load_state_dict(state.scaler)
+        loss_scale.load(state.scaler)
+        state.scaler = loss_scale.state()
         policy.release()
         watch = Watch(planner, config, run / "memory.json", console.say, console.warn, rewards)
         if rehearse:
@@ -141,25 +141,22 @@ def train(
         fitting = Fitting(config, policy, predicted, console.warn)
 
         def save() -> Path:
-            state.scaler = scaler.state_dict() if scaler is not None else {}
             return ending.saved(checkpoints.save(state, fitting.config))
 
         def clear() -> None:
             """Go on from the step before: the adapters have not moved."""
             optimizer.zero_grad()
+            loss_scale.load(state.scaler)  # which a batch of NaN says nothing about
             ending.whole = True
             checkpoints.keep_up(state, fitting.config)
 
         def undo_update() -> None:
             """Forget what an update has done, which did not get through."""
-            nonlocal scaler
             optimizer.zero_grad()
             if ending.whole:
                 return
             checkpoints.restore(state)
-            if scaler is not None:  # it is between the steps of an update
-                scaler = torch.amp.GradScaler(policy.device.type)
-                scaler.load_state_dict(state.scaler)
+            loss_scale.load(state.scaler)  # it is between the steps of an update
             ending.whole = True
 
         def due() -> bool:
@@ -236,24 +233,26 @@ def train(
                 for attempt in fitting.attempts("update", most, undo_update):
                     with attempt as fits:
                         batches = pack_groups(state.groups, fits)
-                        with meter.phase("update"), console.progress("update", most) as advance:
-                            stats = accumulate(
-                                policy,
-                                batches,
-                                scoring,
-                                **update_settings(fits),
-                                loss_scale=scaler.scale if scaler is not None else None,
-                                advance=advance,
-                            )
-                        ending.whole = False
-                        with meter.phase("optimizer"):
-                            grad_norm, change = apply_update(
-                                parameters,
-                                optimizer,
-                                learning_rate=learning_rate,
-                                max_grad_norm=config.optimizer.max_grad_norm,
-                                scaler=scaler,
-                            )
+                        for _ in loss_scale.attempts(console.warn):
+                            ending.whole = True  # after an overflow, too: nothing has moved
+                            with meter.phase("update"), console.progress("update", most) as advance:
+                                stats = accumulate(
+                                    policy,
+                                    batches,
+                                    scoring,
+                                    **update_settings(fits),
+                                    loss_scale=loss_scale.scale,
+                                    advance=advance,
+                                )
+                            ending.whole = False
+                            with meter.phase("optimizer"):
+                                grad_norm, change = apply_update(
+                                    parameters,
+                                    optimizer,
+                                    learning_rate=learning_rate,
+                                    max_grad_norm=config.optimizer.max_grad_norm,
+                                    scaler=loss_scale.scaler,
+                                )
                 policy.release()
                 meter.seconds["total"] = time.perf_counter() - begun
                 meter.seconds["save"] = checkpoints.take_seconds()
@@ -273,6 +272,7 @@ def train(
                     metrics.write_rollouts(state.step + 1, state.groups)
                 shapes = met(sampled or [state.groups], batches, fits)
                 state.step, state.iteration = state.step + 1, state.iteration + 1
+                state.scaler = loss_scale.state()
                 state.discarded = 0
                 if state.iteration == config.grpo.num_iterations:
                     state.groups = None

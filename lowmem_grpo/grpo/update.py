@@ -5,7 +5,7 @@ The weights of the tokens carry the step's denominators, so the sum of the micro
 is the gradient of the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import NamedTuple
@@ -24,6 +24,8 @@ __all__ = [
     "apply_update",
     "score_reference",
 ]
+
+PART_BYTES = 16 << 20  # of the adapters, in one call of the optimizer
 
 
 class Scored(NamedTuple):
@@ -204,9 +206,9 @@ def apply_update(
     Where no rollout took part the gradient is zero, and AdamW still takes its step of momentum:
     that is what the unabridged computation would have done. With a gradient scaler (float16), a
     step whose scaled gradients overflowed is left out and the scale lowered: the norm is then
-    infinite or NaN and the change 0.
-    Raises NonFiniteError, with the adapters as they were, when the gradient norm is not finite
-    without a scaler.
+    infinite or NaN and the change 0; see loss_scale.py.
+    Raises NonFiniteError, with the adapters as they were, when the gradient norm is not finite for
+    another reason.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -218,18 +220,48 @@ def apply_update(
         scaler.unscale_(optimizer)
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True).item()
-    if scaler is None and not norm < float("inf"):
-        optimizer.zero_grad()
-        raise NonFiniteError(f"the gradient norm is {norm}")
-    before = [p.detach().clone() for p in parameters]
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
+    scale = 0.0 if scaler is None else scaler.get_scale()
+    if scaler is not None:
         scaler.update()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        size = torch.nn.utils.get_total_norm(parameters, foreach=True).item()
-        torch._foreach_sub_(before, [p.detach() for p in parameters])
-        change = torch.nn.utils.get_total_norm(before, foreach=True).item()
+    if not norm < float("inf"):
+        optimizer.zero_grad()
+        if scaler is not None and scaler.get_scale() < scale:
+            return norm, 0.0
+        raise NonFiniteError(f"the gradient norm is {norm}")
+    change = _step(parameters, optimizer)
+    size = torch.nn.utils.get_total_norm([p.detach() for p in parameters], foreach=True).item()
     return norm, change / size if size else 0.0
+
+
+def _step(parameters: list[torch.nn.Parameter], optimizer) -> float:
+    """Take the optimizer's step and drop the gradients; returns the norm of the update.
+
+    A part of the adapters after the other, as they are to the optimizer anyway: what it allocates,
+    and the copy of what they were before, are as large as a part.
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    norms: list[torch.Tensor] = []
+    for part in _parts(parameters):
+        for parameter in part:
+            parameter.grad = gradients.pop(0)
+        before = [parameter.detach().clone() for parameter in part]
+        optimizer.step()
+        for parameter in part:
+            parameter.grad = None
+        torch._foreach_sub_(before, [parameter.detach() for parameter in part])
+        norms += torch._foreach_norm(before)
+        del before  # before the next part's is made
+    return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+
+def _parts(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters in their order, some at a time: `PART_BYTES` of them at most, or one."""
+    part: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        if part and sum(p.nbytes for p in part) + parameter.nbytes > PART_BYTES:
+            yield part
+            part = []
+        part.append(parameter)
+    yield part

@@ -46,7 +46,6 @@ from lowmem_grpo.memory.unreal import (
     CountedBuffers,
     FewTiles,
     NoKernels,
-    Scaler,
     Values,
     counted_table,
 )
@@ -361,7 +360,7 @@ class Phases:
                     optimizer,
                     learning_rate=o.learning_rate,
                     max_grad_norm=o.max_grad_norm,
-                    scaler=Scaler("cpu") if self._dtype == torch.float16 else None,
+                    scaler=torch.amp.GradScaler("cpu") if self._dtype == torch.float16 else None,
                 )
             state = [
                 value.numel() * value.element_size()

@@ -19,7 +19,7 @@ from lowmem_grpo.grpo.update import Scored, Scoring
 from lowmem_grpo.policy.activations import PAGE_BYTES, HostBuffers
 from lowmem_grpo.policy.ends import HostTable
 
-__all__ = ["HOST", "CountedBuffers", "FewTiles", "NoKernels", "Scaler", "Values", "counted_table"]
+__all__ = ["HOST", "CountedBuffers", "FewTiles", "NoKernels", "Values", "counted_table"]
 
 HOST = "host"
 """The component of what lies on the host."""
@@ -79,13 +79,6 @@ class Values(TorchFunctionMode):
             hooks.callback(register_module_forward_pre_hook(before).remove)
             hooks.callback(register_module_forward_hook(after, always_call=True).remove)
             return function(*args, **kwargs)
-
-
-class Scaler(torch.amp.GradScaler):
-    """Takes every step: whether gradients overflowed is a value, too."""
-
-    def step(self, optimizer, *args, **kwargs):
-        return optimizer.step(*args, **kwargs)
 
 
 class FewTiles(Scoring):

@@ -72,7 +72,7 @@ def step_line(record: dict[str, Any], steps: int) -> str:
     if record["entropy"] is not None:
         parts.append(f"entropy {record['entropy']:.2f}")
     parts += [
-        "overflow" if record["grad_norm"] is None else f"grad {record['grad_norm']:.2f}",
+        f"grad {record['grad_norm']:.2f}",
         f"length {record['completion_length_mean']:.0f}",
         f"{seconds.get('total', 0.0):.1f} s ("
         + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)

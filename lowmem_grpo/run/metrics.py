@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from math import expm1, isfinite
+from math import expm1
 from statistics import fmean, stdev
 from typing import Any
 
@@ -74,8 +74,9 @@ def step_record(
         "entropy": stats.mean("entropy"),
         "clip_fraction_low": stats.mean("clip_low"),
         "clip_fraction_high": stats.mean("clip_high"),
-        # None: float16 gradients overflowed, the step was left out and the loss scale lowered.
-        "grad_norm": grad_norm if isfinite(grad_norm) else None,
+        "grad_norm": grad_norm,
+        # Of float16, what the step began with; None in another dtype.
+        "loss_scale": state.scaler.get("scale"),
         "learning_rate": learning_rate,
         "adapter_change": adapter_change,
         "sampler_kl": _sampler_kl(groups, stats, base_samples) if first else None,

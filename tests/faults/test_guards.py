@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import lowmem_grpo.run.discard
 import lowmem_grpo.train
 from lowmem_grpo.grpo import update
+from lowmem_grpo.grpo.loss_scale import LossScale
 from lowmem_grpo.grpo.objective import Objective
 from lowmem_grpo.policy.base import Policy
 from lowmem_grpo.policy.integrity import named_tensors
@@ -204,3 +205,55 @@ def test_a_sampler_that_is_apart_from_the_trainer_is_told(tiny_model_dir, tmp_pa
     done = train(tiny_model_dir, tmp_path / "run", *RUN, "--steps", "1")
     assert "sampler and trainer disagree" in done.stderr
     assert "sampler_apart" in metrics(tmp_path / "run")[0]["alarms"]
+
+
+def overflowing(monkeypatch, above):
+    """A run in float32 that scales its loss as in float16; from the second step on its gradients
+    overflow with a scale above a number. Returns the scales of all updates.
+    """
+    own = LossScale(torch.device("cpu"), torch.float16)
+    monkeypatch.setattr(lowmem_grpo.train, "LossScale", lambda device, dtype: own)
+    accumulate, scales = lowmem_grpo.train.accumulate, []
+
+    def called(policy, *args, **how):
+        stats = accumulate(policy, *args, **how)
+        scales.append(own.scaler.get_scale())
+        if len(scales) > 1 and scales[-1] > above:
+            next(iter(policy.adapter_parameters().values())).grad[0, 0] = torch.inf
+        return stats
+
+    monkeypatch.setattr(lowmem_grpo.train, "accumulate", called)
+    return scales
+
+
+def test_an_overflow_in_float16_repeats_the_update_on_the_same_rollouts(
+    whole, tiny_model_dir, tmp_path, monkeypatch
+):
+    scales = overflowing(monkeypatch, above=2.0**14)
+    run = tmp_path / "run"
+    done = train(tiny_model_dir, run, *RUN, "--steps", "3")
+    assert scales == [2.0**16, 2.0**16, 2.0**15, 2.0**14, 2.0**14]
+    assert done.stderr.count("is repeated on the same rollouts") == 2
+    # A power of two: the numbers are those of a run without any scale.
+    found, expected = metrics(run), metrics(whole)
+    assert [m.pop("loss_scale") for m in found] == [2.0**16, 2.0**16, 2.0**14]
+    assert [m.pop("loss_scale") for m in expected] == [None] * 3
+    assert found == expected
+    for name, tensor in adapters(whole, 3).items():
+        assert torch.equal(adapters(run, 3)[name], tensor)
+    state = json.loads((run / "checkpoints/step-000003/state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0**14
+
+
+def test_gradients_that_no_scale_makes_finite_cost_a_batch_and_not_the_scale(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    scales = overflowing(monkeypatch, above=0.0)
+    arguments = ["--set", "run.max_discarded=1", "--steps", "3"]
+    run = tmp_path / "run"
+    ended = call("train", "--model", tiny_model_dir, "--output", run, *TINY, *RUN, *arguments)
+    assert ended.exit_code == 1
+    assert "the gradients are not finite, with a loss scale of 1 either" in ended.stderr
+    batch = [2.0**n for n in range(16, -1, -1)]
+    assert scales == [2.0**16, *batch, *batch]
+    assert len(metrics(run)) == 1

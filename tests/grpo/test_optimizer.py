@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem_grpo.errors import ConfigError, ModelError, NonFiniteError
+from lowmem_grpo.grpo import update
 from lowmem_grpo.grpo.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -14,6 +15,8 @@ from lowmem_grpo.grpo.optimizer import (
     optimizer_state,
 )
 from lowmem_grpo.grpo.update import apply_update
+from lowmem_grpo.memory.simulate import add_up
+from lowmem_grpo.memory.trace import Recorder
 
 # bitsandbytes keeps 8-bit moments for tensors of at least 4096 values, float32 for smaller ones.
 SHAPES = {"a.weight": (64, 80), "b.weight": (16, 7), "c.weight": (67, 63)}
@@ -261,3 +264,26 @@ def test_schedule_without_warm_up_starts_at_its_base(schedule):
     ]
     assert rates[0] == 1e-4
     assert min(rates) > 0.0  # the last step still learns
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_the_change_is_measured_without_a_copy_of_the_adapters(optim, monkeypatch):
+    """In parts: the numbers are to the bit those of one step, and memory is that of a part."""
+    found, peaks = [], []
+    for limit in (2**30, 30_000):
+        monkeypatch.setattr(update, "PART_BYTES", limit)
+        parameters, optimizer = make(optim, weight_decay=0.1)
+        for seed in range(3):
+            before = flat(parameters)
+            fill(parameters, seed)
+            with Recorder() as recorder:
+                result = step(parameters, optimizer, max_grad_norm=1.0)
+        assert all(p.grad is None for p in parameters)
+        change = (flat(parameters) - before).norm() / flat(parameters).norm()
+        assert result[1] == pytest.approx(change.item(), rel=1e-5)
+        found.append((flat(parameters), result, optimizer_state(optimizer, NAMES)))
+        peaks.append(add_up(recorder.events).peak_allocated)
+    assert peaks[1] < 0.6 * peaks[0]
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert_same_state(found[0][2], found[1][2])
