@@ -19,10 +19,11 @@ CARD = "README.md"
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["adapter", "merged", "base16"]),
+    type=click.Choice(["adapter", "merged", "base16", "gguf"]),
     default="adapter",
     show_default=True,
-    help="adapter: PEFT's; merged: one 16-bit model; base16: its base alone, in 16 bits.",
+    help="adapter: PEFT's; merged: one 16-bit model; base16: its base alone, in 16 bits; gguf: the "
+    "adapter for llama.cpp.",
 )
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="A new or empty directory."
@@ -51,6 +52,8 @@ def export(
     check_output(output)
     if kind == "adapter":
         _export_adapter(config, adapter, output, base_model, console, of)
+    elif kind == "gguf":
+        _export_gguf(config, adapter, output, console, of)
     else:
         _export_plain(config, adapter, output, kind == "merged", console, of)
 
@@ -110,3 +113,23 @@ def _export_plain(config, adapter: Path, output: Path, adapters: bool, console, 
     if config.model.lm_head_bits == 8:
         policy.round_head()  # what was trained
     click.echo(compare(probe_policy(policy), said).line())
+
+
+def _export_gguf(config, adapter: Path, output: Path, console, of) -> None:
+    """The adapter as llama.cpp loads it. `of`: the run, and the step that it is of."""
+    from lowmem_grpo.policy.skeleton import read_model_config
+    from lowmem_grpo.run.card import model_card
+    from lowmem_grpo.run.export import exported_to
+    from lowmem_grpo.run.gguf_adapter import (
+        check_architecture,
+        check_gguf_adapter,
+        write_gguf_adapter,
+    )
+
+    check_architecture(read_model_config(config.model.name).model_type)
+    policy, file = _open(config, adapter, console), "adapter.gguf"
+    with exported_to(output) as partial:
+        write_gguf_adapter(policy, partial / file, of[0].name)
+        layers = check_gguf_adapter(policy, partial / file)
+        (partial / CARD).write_text(model_card(of[0], config, "LoRA adapter in GGUF", of[1]))
+    click.echo(f"{output / file}: adapter from {adapter}, {layers} layers, for llama.cpp's --lora")

@@ -188,6 +188,9 @@ def test_a_run_is_exported_as_one_model_with_a_card(tiny_model_dir, tmp_path):
     assert again.exit_code == 2
     assert call("export", run, "--output", tmp_path / "adapter").exit_code == 0
     assert "LoRA adapter" in (tmp_path / "adapter/README.md").read_text()
+    done = call("export", run, "--format", "gguf", "--output", tmp_path / "gguf", "-q")
+    assert done.stdout.startswith(f"{tmp_path}/gguf/adapter.gguf: adapter from ")
+    assert sorted(p.name for p in (tmp_path / "gguf").iterdir()) == ["README.md", "adapter.gguf"]
 
 
 def test_a_card_of_a_checkpoint_knows_nothing_of_later_steps(tiny_model_dir, tmp_path):
