@@ -14,7 +14,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
@@ -33,6 +33,7 @@ from lowmem_grpo.policy.files import (
     weight_names,
 )
 from lowmem_grpo.policy.quantised import own_names, quantisation
+from lowmem_grpo.policy.quantizer import FourBits, four_bits
 from lowmem_grpo.policy.source import fetch, resolve
 from lowmem_grpo.quiet import quiet_libraries
 from lowmem_grpo.text_files import read_text
@@ -47,12 +48,11 @@ PROMPT, OWN = 5, (3, 4)
 CHECKED_TILE = 5
 
 
-def nf4_config(dtype: torch.dtype, skip: Sequence[str] = ()) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype, skip: Sequence[str] = ()) -> FourBits:
     """NF4 with double quantisation; products in `dtype`. `skip`: modules that stay as they are,
     beside those that transformers leaves.
     """
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
+    return FourBits(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
@@ -252,7 +252,7 @@ def _take(config, stored: dict | None) -> dict:
             del config.quantization_config  # of files whose weights are plain all the same
         return {}
     packed = stored.pop("packed")
-    config.quantization_config = stored
+    config.quantization_config = four_bits(stored)
     return packed
 
 
