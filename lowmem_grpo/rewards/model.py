@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowmem_grpo.chat_template import apply_chat_template
 from lowmem_grpo.errors import ConfigError, PlanError, TaskError, nearest
 from lowmem_grpo.isolation.worker import Failure
 from lowmem_grpo.out_of_memory import first_line, is_out_of_memory
@@ -202,7 +203,7 @@ class ModelReward:
         # Texts of completions have the prompt's part of the answer already, unless that is set off.
         begun = completion if completion.startswith(beginning) else beginning + completion
         answer = {"role": "assistant", "content": begun}
-        return self._tokenizer.apply_chat_template([*asked, answer], tokenize=False)
+        return apply_chat_template(self._tokenizer, [*asked, answer])
 
 
 def batches(rows: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:

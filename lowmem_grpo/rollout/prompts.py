@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lowmem_grpo.chat_template import TemplateTimeout, apply_chat_template
 from lowmem_grpo.errors import ModelError, TaskError
 from lowmem_grpo.tasks.messages import split_prefilled
 from lowmem_grpo.text_files import half_character
@@ -177,7 +178,9 @@ def _header(tokenizer, before: Messages, kwargs: dict[str, Any], text: str) -> s
             for role, content in [("assistant", _REPLY), *behind]
         ]
         try:
-            whole = tokenizer.apply_chat_template([*before, *more], tokenize=False, **kwargs)
+            whole = apply_chat_template(tokenizer, [*before, *more], **kwargs)
+        except TemplateTimeout:
+            raise
         except Exception:  # a template is a program, which can raise anything; this one's the chat
             continue
         header, found, _ = whole.partition(_REPLY)
@@ -193,9 +196,7 @@ def _rendered(
     problem: str,
 ) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **kwargs
-        )
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=True, **kwargs)
     except Exception as error:  # a template is a program, which can raise anything
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ModelError(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from lowmem_grpo.chat_template import TemplateTimeout, apply_chat_template
 from lowmem_grpo.rollout.prompts import opening
 from lowmem_grpo.tasks.base import Problem
 
@@ -130,7 +131,9 @@ def _rendered(
 ) -> str | None:
     """None where the template refuses such a conversation: some want other roles."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(template or {}))
+        return apply_chat_template(tokenizer, messages, **how, **(template or {}))
+    except TemplateTimeout:
+        raise
     except Exception:  # a template is a program, which can raise anything
         return None
 
