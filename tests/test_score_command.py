@@ -52,12 +52,13 @@ def test_what_is_printed_counts_says_why_and_compares_with_what_is_expected(file
 
 def test_columns_have_other_names_and_rewards_have_weights(file, tmp_path):
     rows = [
-        {"q": "1+1?", "solution": "2", "response": "<b>2</b>"},
-        {"q": "1+2?", "solution": "3", "response": "3"},
+        {"q": "1+1?", "key": {"solution": "2"}, "response": "<b>2</b>"},
+        {"q": "1+2?", "key": {"solution": "3"}, "response": "3"},
     ]
     run = tmp_path / "run.toml"
     run.write_text(
-        f"[task]\nname = 'records:{file(rows)}'\nprompt_column = 'q'\nanswer_column = 'solution'\n"
+        f"[task]\nname = 'records:{file(rows)}'\nprompt_column = 'q'\n"
+        "answer_column = 'key.solution'\n"
         "[rewards]\nfunctions = ['number', 'format:<b>.*</b>']\nweights = [1.0, 0.5]\n"
     )
     result = call("score", run, "--completion-column", "response", "--json")
