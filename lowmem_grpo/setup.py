@@ -47,6 +47,7 @@ __all__ = [
     "sampling_of",
     "texts_of",
     "update_settings",
+    "window_of",
 ]
 
 
@@ -89,6 +90,7 @@ def open_policy(config: Config, say=lambda text: None, adapter: Path | None = No
         embedding_on_host=config.memory.embedding_on_host,
         lm_head_bits=config.model.lm_head_bits,
         lm_head_kernels=config.model.lm_head_kernels,
+        window=window_of(config),
     )
     for line in policy.said:
         say(line)
@@ -111,6 +113,14 @@ def adapter_settings(config: Config) -> AdapterSettings:
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
         use_rslora=lora.use_rslora,
+    )
+
+
+def window_of(config: Config) -> int:
+    """The most tokens that a prompt and its completion have together, in training or evaluation."""
+    r = config.rollout
+    return r.max_prompt_length + max(
+        r.max_completion_length, config.eval.max_completion_length or 0
     )
 
 

@@ -31,7 +31,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_grpo.config import Config
-from lowmem_grpo.errors import ModelError
 from lowmem_grpo.grpo.update import Scoring, accumulate, apply_update, score_reference
 from lowmem_grpo.memory.allocator import Event
 from lowmem_grpo.memory.decoding import decode
@@ -50,7 +49,7 @@ from lowmem_grpo.memory.unreal import (
     counted_table,
 )
 from lowmem_grpo.policy.base import Policy
-from lowmem_grpo.policy.load import check_forward, share_inputs
+from lowmem_grpo.policy.check import check_forward, share_inputs, supported
 from lowmem_grpo.policy.skeleton import skeleton_policy, without_weights
 from lowmem_grpo.policy.tiles import few_tiles
 from lowmem_grpo.setup import (
@@ -283,7 +282,11 @@ class Phases:
         self._values.rows_per_problem = wave.rows
         self._set_tiles(tiles)
         self._policy.cache_bits = cache_bits
-        with _refused(self._policy), self._recorder() as recorder, recorder.phase(name):
+        with (
+            supported(self._policy, self._config.model.name),
+            self._recorder() as recorder,
+            recorder.phase(name),
+        ):
             sampling = sampling_of(self._config, name)
             evaluated = name == "evaluation"
             role = (
@@ -309,7 +312,7 @@ class Phases:
         scoring = (FewTiles if few else Scoring)(config.rollout.temperature, (0,))
         scaler = torch.amp.GradScaler("cpu") if self._dtype == torch.float16 else None
         parameters = list(policy.adapter_parameters().values())
-        with _refused(policy), self._recorder() as recorder:
+        with supported(policy, config.model.name), self._recorder() as recorder:
             if self._cuda:  # on a CPU the host's copies are the device's as well
                 policy.buffers = CountedBuffers(recorder)
             if referred:
@@ -377,16 +380,6 @@ class Phases:
             made = [event for event in made if event.id not in counters]
         gradients = tuple(known[len(parameters) :])
         return Part(made, recorder.workspaces, gradients, sum(state))
-
-
-@contextlib.contextmanager
-def _refused(policy):
-    """What is passed to the attention, or asked of it, is an architecture's own affair."""
-    try:
-        yield
-    except (NotImplementedError, AttributeError, TypeError) as error:
-        kind, reason = type(policy.causal_lm).__name__, str(error).strip().splitlines()[0]
-        raise ModelError(f"{kind} is not supported: {reason}") from error
 
 
 def _optimizer(parameters, config: Config):

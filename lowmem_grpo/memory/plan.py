@@ -29,8 +29,10 @@ from lowmem_grpo.memory.shapes import Shapes, completions, longest, pieces, toke
 from lowmem_grpo.memory.simulate import Usage, add_up, simulate
 from lowmem_grpo.memory.timeline import timeline
 from lowmem_grpo.policy.adapters import adapts_embedding
+from lowmem_grpo.policy.positions import check_window
 from lowmem_grpo.policy.skeleton import read_model_config
-from lowmem_grpo.setup import adapter_settings, choose, reward_models
+from lowmem_grpo.policy.supported import check_config
+from lowmem_grpo.setup import adapter_settings, choose, reward_models, window_of
 
 __all__ = ["MemoryPlan", "PhasePlan", "Planner"]
 
@@ -148,6 +150,8 @@ class Planner:
     def __init__(self, config: Config, card: PlanCard, profile: str = ""):
         self.card, self.profile = card, profile
         self.model_config = read_model_config(config.model.name)
+        check_config(config.model.name, self.model_config)
+        check_window(config.model.name, self.model_config, window_of(config))
         head_dim = getattr(self.model_config, "head_dim", None)
         tied = self.model_config.tie_word_embeddings
         self.can_move_embedding = card.cuda and not (

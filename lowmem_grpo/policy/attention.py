@@ -38,24 +38,38 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from lowmem_grpo.policy.supported import UnsupportedError
 from lowmem_grpo.policy.tiled_attention import tiled_attention
 
 __all__ = ["ATTENTION", "BACKENDS", "PackedLayout", "naive_attention"]
 
 ATTENTION = "lowmem_grpo"
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa", "tiled")
+_ASKED = {"softcap": "a soft cap of its scores", "s_aux": "attention sinks"}
 
 
-def _attention(module, query, key, value, attention_mask, *, layout, scaling, **rest):
+def _attention(module, query, key, value, attention_mask, *, scaling, layout=None, **rest):
     """The function that transformers calls: query [1, H, T, E], key and value [1, K, T, E] -> [1,
     T, H, E].
     """
-    for name in ("softcap", "s_aux"):
+    kind = type(module).__name__
+    if layout is None:
+        raise UnsupportedError(
+            f"its layers do not hand on to {kind} which tokens belong together, which keeps "
+            "completions apart"
+        )
+    for name, what in _ASKED.items():
         if rest.get(name) is not None:
-            raise NotImplementedError(
-                f"{type(module).__name__} asks for `{name}`, "
-                "which shared-prefix attention does not compute"
+            raise UnsupportedError(
+                f"{kind} asks for {what} (`{name}`), which shared-prefix attention does not compute"
             )
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedError(f"{kind} looks ahead, and only causal attention can be sampled from")
+    if attention_mask is not None:
+        raise UnsupportedError(
+            f"{kind} brings a mask or a bias of its own, which shared-prefix attention does not "
+            "compute"
+        )
     window = rest.get("sliding_window")
     return layout.attend(module.layer_idx, query, key, value, scaling, window), None
 

@@ -227,7 +227,16 @@ class Policy:
                 position_ids=positions_T[None],
                 use_cache=False,
                 layout=layout,
+                **self._of_layers(input_ids_T),
             ).last_hidden_state[0]
+
+    def _of_layers(self, input_ids_T) -> dict[str, torch.Tensor]:
+        """What each layer gets of a token beside its embedding, in models that have that (Gemma 4).
+        transformers would look for the token whose embedding it is.
+        """
+        if not getattr(self.causal_lm.config, "hidden_size_per_layer_input", 0):
+            return {}
+        return {"per_layer_inputs": self.trunk.get_per_layer_inputs(input_ids_T[None])}
 
     def logits(self, hidden_ND) -> torch.Tensor:
         """Full logits [N, V] in float32, for sampling: N is a handful of last positions."""

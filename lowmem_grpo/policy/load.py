@@ -1,13 +1,7 @@
 """Loading a policy: files -> tokenizer, NF4 base, adapters, and a check that this code computes
-this model.
-
-The check compares the packed forward pass (shared prompt, tiled head) with the model's own plain
-one on a dozen tokens. An architecture whose attention or head does something that we do not
-(soft-capping, recurrent layers, scaled logits) is refused here, by what it computes rather than by
-a list of names.
+this model (see policy/supported.py and policy/check.py).
 """
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +16,7 @@ from lowmem_grpo.plain_json import parse_json
 from lowmem_grpo.policy.adapters import describe_adapters
 from lowmem_grpo.policy.attention import ATTENTION
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.check import check_forward, share_inputs
 from lowmem_grpo.policy.files import (
     broken_file,
     check_ends,
@@ -32,20 +27,17 @@ from lowmem_grpo.policy.files import (
     own_tokenizer,
     weight_names,
 )
+from lowmem_grpo.policy.positions import check_window, fix_frequencies
 from lowmem_grpo.policy.quantised import own_names, quantisation
 from lowmem_grpo.policy.quantizer import FourBits, four_bits
 from lowmem_grpo.policy.source import fetch, resolve
+from lowmem_grpo.policy.supported import OWN_ATTENTION, check_config, without_noise
 from lowmem_grpo.quiet import quiet_libraries
 from lowmem_grpo.text_files import read_text
 
 __all__ = [
-    "check_forward", "load_in_4_bits", "load_policy", "load_tokenizer", "nf4_config",
-    "read_tokenizer", "share_inputs",
+    "load_in_4_bits", "load_policy", "load_tokenizer", "nf4_config", "read_tokenizer",
 ]  # fmt: skip
-
-# What is checked: the tokens of a prompt, of its completions, and of an MLP's tile.
-PROMPT, OWN = 5, (3, 4)
-CHECKED_TILE = 5
 
 
 def nf4_config(dtype: torch.dtype, skip: Sequence[str] = ()) -> FourBits:
@@ -76,19 +68,24 @@ def load_policy(
     embedding_on_host: bool = False,
     lm_head_bits: int = 16,
     lm_head_kernels: str = "torch",
+    window: int | None = None,
 ) -> Policy:
     """Load tokenizer and NF4 base, attach fresh adapters and check the forward pass. Raises
     ModelError.
 
     `mlp_tile`: tokens that an MLP computes at a time; 0: all. `cache_bits`: of the sampler's keys
     and values. `lm_head_bits`: 16 is the compute dtype. `lm_head_kernels`: torch or triton.
+    `window`: the most tokens of a prompt and its completion together, see policy/positions.py.
     """
     head_kernels = _triton_kernels(device) if lm_head_kernels == "triton" else None
     source = resolve(name)
     tokenizer = load_tokenizer(name, chat_template)
     with quiet_libraries():
-        # Dropout would make two passes over the same tokens disagree.
-        config = _read_config(name, source, attention_dropout=0.0)
+        config = _read_config(name, source)
+        check_config(name, config)
+        check_window(name, config, window)
+        without_noise(config)
+        said = fix_frequencies(config, window)
         model = load_in_4_bits(AutoModelForCausalLM, name, config, device, dtype, ATTENTION)
         vocab = model.get_output_embeddings().weight.shape[0]
         check_ends(source, name, model.generation_config.eos_token_id, vocab)
@@ -103,7 +100,7 @@ def load_policy(
         peft_model, tokenizer, attention=attention, tile_tokens=tile_tokens, tile_vocab=tile_vocab
     )
     policy.cache_bits, policy.head_kernels = cache_bits, head_kernels
-    policy.said += describe_adapters(peft_model, adapters)
+    policy.said += [*said, *describe_adapters(peft_model, adapters)]
     if embedding_on_host:
         policy.embedding_to_host()
     share_inputs(policy, name)
@@ -187,9 +184,9 @@ def _template_in(text: str) -> str:
     return found
 
 
-def _read_config(name: str, source: str, **fields):
+def _read_config(name: str, source: str):
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **fields)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the configuration of {name}: {first_line(error)}") from error
 
@@ -226,9 +223,10 @@ def load_in_4_bits(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        reason = first_line(error)
         if error.args == (ATTENTION,):  # looked up in the model's own table of attentions
-            reason = f"the attention of {config.model_type} models cannot be replaced"
+            reason = f"{name} ({config.model_type}) is not supported: {OWN_ATTENTION}"
+            raise ModelError(reason) from error
+        reason = first_line(error)
         raise ModelError(f"cannot load {name}: {reason}{broken_file(source)}") from error
     if info["missing_keys"]:
         count, first = len(info["missing_keys"]), min(info["missing_keys"])
@@ -269,81 +267,3 @@ def _set_dtype(model, dtype):
     for parameter in model.parameters():
         if not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.to(dtype)
-
-
-def share_inputs(policy: Policy, name: str) -> None:
-    """Find the layers that sample together, in a forward pass. Raises ModelError where it cannot
-    be made.
-    """
-    with policy.as_reference(), quiet_libraries(), _supported(policy, name):
-        policy.share_inputs(lambda: _packed(policy))
-
-
-def check_forward(policy: Policy, name: str) -> None:
-    """Compare packed and plain logits on a dozen tokens, MLPs in tiles, and the sampler's. Raises
-    ModelError where they differ by more than rounding.
-    """
-    ids, first = _ids(policy), PROMPT + OWN[0]
-    with policy.as_reference(), quiet_libraries():
-        policy.set_mlp_tile(CHECKED_TILE)
-        try:
-            with _supported(policy, name):
-                ours = _packed(policy)
-        finally:
-            policy.set_mlp_tile(0)
-        policy.causal_lm.set_attn_implementation("eager")
-        try:
-            with _supported(policy, name):
-                plain = [
-                    _plain(policy, ids[:PROMPT], own) for own in (ids[PROMPT:first], ids[first:])
-                ]
-        finally:
-            policy.causal_lm.set_attn_implementation(ATTENTION)
-    with policy.as_sampler():
-        sampled = _packed(policy)
-    # Row by row: where something leaks from one completion into the next, only the second differs.
-    # Fresh adapters add nothing, so the sampler's logits are the base's.
-    rows = (ours[:first], plain[0]), (ours[first:], plain[1][PROMPT:]), (sampled, ours)
-    error = torch.stack([(a - b).norm() / b.norm() for a, b in rows]).max().item()
-    # Rounding alone gives 1e-6 in float32; 0.023 in bfloat16 on SmolLM2-135M's thirty layers.
-    limit = 1e-3 if policy.dtype == torch.float32 else 7e-2
-    if not error < limit:
-        raise ModelError(
-            f"{_kind(policy, name)} is not supported: the packed forward pass differs from the "
-            f"model's own by {error:.2g} (limit {limit:g})"
-        )
-
-
-def _ids(policy: Policy) -> torch.Tensor:
-    """int64 [PROMPT + sum(OWN)]."""
-    vocab, generator = policy.head_weight_VD.shape[0], torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab, (PROMPT + sum(OWN),), generator=generator).to(policy.device)
-
-
-def _packed(policy: Policy) -> torch.Tensor:
-    """Logits of a prompt with two completions."""
-    starts = (0, PROMPT), *((PROMPT, PROMPT + tokens) for tokens in OWN)
-    positions = torch.cat([torch.arange(*each) for each in starts]).to(policy.device)
-    return policy.logits(policy.hidden(_ids(policy), positions, policy.layout([(PROMPT, OWN)])))
-
-
-def _plain(policy: Policy, prompt: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The model's own logits of a prompt with one completion."""
-    ids = torch.cat([prompt, own])[None]
-    return policy.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
-
-
-@contextlib.contextmanager
-def _supported(policy: Policy, name: str):
-    try:
-        yield
-    except (AttributeError, RuntimeError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        # What is passed to the attention, or asked of it, is this architecture's own affair.
-        kind = _kind(policy, name)
-        raise ModelError(f"{kind} is not supported: {first_line(error)}") from error
-
-
-def _kind(policy: Policy, name: str) -> str:
-    return f"{name} ({type(policy.causal_lm).__name__})"

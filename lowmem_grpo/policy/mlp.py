@@ -14,6 +14,8 @@ computed a second time for nothing.
 Shapes: T tokens, D hidden size; t is the tokens of a tile.
 """
 
+import inspect
+
 import torch
 
 from lowmem_grpo.policy.tiles import tiles
@@ -131,7 +133,7 @@ def tile_mlps(model: torch.nn.Module) -> list[TiledMLP]:
 def _looks_at_one_token(module: torch.nn.Module) -> bool:
     if next(module.named_parameters(recurse=False), None) is not None:
         return False
-    leaves = [m for m in module.modules() if not list(m.children())]
-    return any(isinstance(m, torch.nn.Linear) for m in leaves) and all(
-        isinstance(m, torch.nn.Linear) or next(m.parameters(), None) is None for m in leaves
-    )
+    if len(inspect.signature(module.forward).parameters) != 1:  # Bloom's adds the residual, too
+        return False
+    own = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    return bool(own) and all(isinstance(m, torch.nn.Linear) for m in own)  # PhiMoE has experts

@@ -52,10 +52,13 @@ class _RMSNorm(torch.autograd.Function):
         x_TD = x.reshape(-1, x.shape[-1])
         rows = _tile_rows(x_TD)
         keep = ctx.needs_input_grad[0]
+        # What is returned is no view: a layer may go on in place (OLMoE clamps its queries).
         if x_TD.shape[0] <= rows:
-            y_TD, inverse_T1 = _normed(x_TD, weight_D, eps)
+            y, inverse = _normed(x, weight_D, eps)
+            inverse_T1 = inverse.view(-1, 1)
         else:
-            y_TD = torch.empty_like(x_TD)
+            y = x.new_empty(x.shape)
+            y_TD = y.view(x_TD.shape)
             inverse_T1 = x_TD.new_empty((len(x_TD), 1), dtype=torch.float32) if keep else None
             for tile in tiles(len(x_TD), rows):
                 y_TD[tile], inverse_t1 = _normed(x_TD[tile], weight_D, eps)
@@ -63,7 +66,7 @@ class _RMSNorm(torch.autograd.Function):
                     inverse_T1[tile] = inverse_t1
         if keep:
             ctx.save_for_backward(x, weight_D, inverse_T1)
-        return y_TD.view(x.shape)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -37,6 +37,7 @@ from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
 from lowmem_grpo.policy.files import own_code
 from lowmem_grpo.policy.quantised import left_in_16_bits, packing, quantisation
 from lowmem_grpo.policy.source import DEMO, resolve
+from lowmem_grpo.policy.supported import OWN_ATTENTION, check_composite, without_noise
 from lowmem_grpo.quiet import quiet_libraries
 
 __all__ = ["fill", "make_4_bit", "read_model_config", "skeleton_policy", "without_weights"]
@@ -70,11 +71,12 @@ def read_model_config(name: str):
         )
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: transformers does not know the architecture {kind}")
+    check_composite(path, fields)
     _check_fields(path, fields, CONFIG_MAPPING[kind])
     try:
         with quiet_libraries():
-            # Dropout would make two passes over the same tokens disagree.
-            config = AutoConfig.for_model(**{**fields, "attention_dropout": 0.0})
+            config = AutoConfig.for_model(**_with_infinities(fields))
+            without_noise(config)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"cannot read {path}: {_last_line(error)}") from error
     stored = quantisation(name, str(path.parent), _class_of(config), config)
@@ -136,6 +138,15 @@ def _check_fields(path: Path, fields: dict, config: type) -> None:
             raise ModelError(f"{path}: {own} = {value!r} must be a whole number above zero")
 
 
+def _with_infinities(value):
+    """transformers writes an infinite number as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {name: _with_infinities(item) for name, item in value.items()}
+    return [_with_infinities(item) for item in value] if isinstance(value, list) else value
+
+
 def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
     """The PeftModel with NF4 layers, on the meta device, with modules as loading arranges them.
 
@@ -149,12 +160,13 @@ def without_weights(config, dtype: torch.dtype, adapters: AdapterSettings):
             make_4_bit(model, dtype, left_in_16_bits(model, config))
             peft_model = attach_adapters(model, adapters, seed=0).train()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if error.args == (ATTENTION,):  # looked up in the model's own table of attentions
+            reason = f"a {config.model_type} model is not supported: {OWN_ATTENTION}"
+            raise ModelError(reason) from error
         # What a configuration must hold beyond the usual is its architecture's own affair.
-        if error.args == (ATTENTION,):
-            reason = f"the attention of {config.model_type} models cannot be replaced"
-        else:
-            reason = _first_line(error)
-        raise ModelError(f"cannot build a {config.model_type} model: {reason}") from error
+        raise ModelError(
+            f"cannot build a {config.model_type} model: {_first_line(error)}"
+        ) from error
     for module in peft_model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

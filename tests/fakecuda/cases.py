@@ -20,9 +20,9 @@ from lowmem_grpo.memory.unreal import Values
 from lowmem_grpo.policy import activations
 from lowmem_grpo.policy.attention import ATTENTION, PackedLayout
 from lowmem_grpo.policy.base import AdapterSettings, Policy, attach_adapters
+from lowmem_grpo.policy.check import check_forward, share_inputs
 from lowmem_grpo.policy.classifier import Classifier, classifier_without_weights
 from lowmem_grpo.policy.integrity import named_tensors
-from lowmem_grpo.policy.load import check_forward, share_inputs
 from lowmem_grpo.policy.lora import LoraLinear4bit
 from lowmem_grpo.policy.skeleton import fill
 from lowmem_grpo.rollout.sampler import Request, sample
