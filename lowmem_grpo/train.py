@@ -136,7 +136,9 @@ def train(
         write_atomic(run / "config.toml", config_toml(config))
         write_atomic(run / "plan.json", json.dumps(plan.to_json()))
         watch.keep()
-        checkpoints = Checkpoints(run, policy, optimizer, base_name, resumed.checkpoint)
+        checkpoints = Checkpoints(
+            run, policy, optimizer, base_name, resumed.checkpoint, console.warn
+        )
         predicted = {phase.name: phase.peak_allocated_bytes for phase in plan.phases}
         fitting = Fitting(config, policy, predicted, console.warn)
 

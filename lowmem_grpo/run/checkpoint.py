@@ -46,7 +46,6 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT = 2
-FALL_BACK = 2  # newest ones that stay in any case: one to go on from, one if that is damaged
 SEALS = "checksums.json"
 
 
@@ -81,12 +80,20 @@ class State:
 
 
 class Checkpoints:
-    """Those of one run, while it trains. `resumed`: the one that its state was loaded from."""
+    """Those of one run, while it trains. `resumed`: the one that its state was loaded from. `warn`
+    is told of those that are found to be damaged.
+    """
 
     def __init__(
-        self, run: RunDirectory, policy, optimizer, base_name: str, resumed: Path | None = None
+        self,
+        run: RunDirectory,
+        policy,
+        optimizer,
+        base_name: str,
+        resumed: Path | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ):
-        self._run, self._folder = run, run / "checkpoints"
+        self._run, self._folder, self._warn = run, run / "checkpoints", warn
         self._policy, self._optimizer, self._base_name = policy, optimizer, base_name
         for left in self._folder.glob(f".*{PARTIAL}"):  # of a process that was killed
             shutil.rmtree(left)
@@ -164,9 +171,7 @@ class Checkpoints:
         """Those of later steps, under another name."""
         for path in _all(self._folder):
             if _step(path) > step:
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                _rename_damaged(path)
 
     def take_seconds(self) -> float:
         """What saving took since this was last asked."""
@@ -201,12 +206,43 @@ class Checkpoints:
         found, every = _all(self._folder), config.run.save_every
         lasting = [path for path in found if every and _step(path) and _step(path) % every == 0]
         sure = [path for path in found if _step(path) <= checked]
-        kept = {*found[-FALL_BACK:], *lasting[-config.run.keep_last :], *sure[-1:]}
+        kept = {*found[-1:], *lasting[-config.run.keep_last :]}
+        # One to go on from where the newest is damaged, one where the base has changed since.
+        for older in (found[:-1], sure):
+            kept |= self._fall_back(older, kept)
         for path in found:
             if path not in kept:
                 gone = path.with_name(f".{path.name}.gone{PARTIAL}")
                 path.rename(gone)  # so that a half of it is never seen
                 shutil.rmtree(gone)
+
+    def _fall_back(self, paths: list[Path], kept: set[Path]) -> set[Path]:
+        """The newest of some checkpoints that is what was written, and those newer ones that are
+        not, under another name now. Nothing is read where nothing would be dropped for it.
+        """
+        tried: set[Path] = set()
+        for place in reversed(range(len(paths))):
+            path = paths[place]
+            if not path.exists():  # it was renamed
+                continue
+            tried.add(path)
+            if kept.issuperset(paths[:place]):
+                break
+            try:
+                read_state(path)
+                break
+            except DamageError as error:
+                aside = _rename_damaged(path)
+                self._warn(f"set aside as {aside.name}: {error}; an older one stays in its place")
+        return tried
+
+
+def _rename_damaged(path: Path) -> Path:
+    """Set a checkpoint aside; returns where it is."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def _name(step: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lowmem_grpo.train
 from lowmem_grpo.checksum import sealed, unsealed
 from tests.runs import assert_same_run, call, train
 
@@ -123,6 +124,36 @@ def test_lasting_checkpoints_stay_beside_the_newest(tiny_model_dir, tmp_path):
     train(tiny_model_dir, tmp_path / "other", "--steps", "5", *settings)
     found = sorted(path.name for path in (tmp_path / "other/checkpoints").iterdir())
     assert found == ["step-000002", "step-000004", "step-000005"]
+
+
+@pytest.mark.parametrize("damage", ["adapter_model.safetensors", "state.json"])
+def test_the_last_good_checkpoint_is_not_dropped_for_a_damaged_one(
+    whole, tiny_model_dir, tmp_path, monkeypatch, damage
+):
+    """The one before the newest is damaged while the run goes on: an older one stays, until there
+    is another that is sound.
+    """
+    folder, seen = tmp_path / "run/checkpoints", {}
+    accumulate = lowmem_grpo.train.accumulate
+
+    def damaging(*args, **how):
+        there = sorted(path.name for path in folder.iterdir())
+        seen[len(seen)] = there
+        if len(seen) == 2:  # in the second step
+            assert there == ["step-000000", "step-000001"]
+            flip(folder / there[1] / damage)
+        return accumulate(*args, **how)
+
+    monkeypatch.setattr(lowmem_grpo.train, "accumulate", damaging)
+    # Of a base that is checked each step, no older one stays for its sake.
+    settings = ["--steps", STEPS, "--set", "run.check_every=1"]
+    done = train(tiny_model_dir, tmp_path / "run", *settings)
+    damaged = "damaged-step-000001"
+    assert seen[2] == [damaged, "step-000000", "step-000002"]
+    assert seen[3] == [damaged, "step-000002", "step-000003"]
+    assert f"set aside as {damaged}: " in done.stderr
+    assert damage in done.stderr
+    assert_same_run(whole, tmp_path / "run", int(STEPS))
 
 
 def test_another_base_is_refused(tiny_model_dir, stopped, tmp_path):
