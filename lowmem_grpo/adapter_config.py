@@ -5,10 +5,12 @@ the section [lora].
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from lowmem_grpo.config import Config
 from lowmem_grpo.errors import ConfigError, ModelError
-from lowmem_grpo.policy.adapter_files import AdapterFile, read_adapter_file
-from lowmem_grpo.policy.source import resolve
+from lowmem_grpo.policy.adapter_files import DEMO_HOME, AdapterFile, read_adapter_file
+from lowmem_grpo.policy.source import DEMO, cache_directory, resolve
 
 __all__ = ["started", "with_adapter"]
 
@@ -48,11 +50,20 @@ def with_adapter(config: Config, adapter: AdapterFile) -> Config:
                 f"{adapter.path} names its base as {adapter.base}: {error}; give the base with "
                 "--set model.name=NAME"
             ) from error
-        values["model.name"] = adapter.base
+        values["model.name"] = _here(adapter.base)
     template = adapter.chat_template
     if template is not None and not _given(config, "model.chat_template"):
         values["model.chat_template"] = str(template)
     return config.settled(values, origin)
+
+
+def _here(base: str) -> str:
+    """The name of a base on this machine: the demo model's, where its home on the Hub is not in the
+    cache.
+    """
+    cached = isinstance(try_to_load_from_cache(DEMO_HOME, "config.json"), str)
+    demo = cache_directory() / "models" / DEMO
+    return DEMO if base == DEMO_HOME and not cached and demo.is_dir() else base
 
 
 def _settings(adapter: AdapterFile) -> dict[str, Any]:

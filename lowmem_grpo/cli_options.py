@@ -175,7 +175,10 @@ def read_target(
     if is_adapter(path):
         if (run := run_of(path)) is not None:
             return read_config(str(run / "config.toml"), None, assignments, flags), path
-        config = read_config(None, profile, assignments, flags, say)
-        return with_adapter(config, read_adapter_file(path)), path
+        found = read_adapter_file(path)
+        config = with_adapter(read_config(None, profile, assignments, flags, say), found)
+        if found.base not in (None, config.model.name):
+            say(f"its base, which it names as {found.base}, is {config.model.name} here")
+        return config, path
     flags = {"model__name": target, **flags}
     return read_config(None, profile, assignments, flags, say), None

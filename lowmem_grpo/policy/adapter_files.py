@@ -17,9 +17,11 @@ from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.adapters import AdapterSettings
 from lowmem_grpo.policy.source import read_object
 
-__all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "is_adapter", "read_adapter_file"]
+__all__ = ["CONFIG", "DEMO_HOME", "WEIGHTS", "AdapterFile", "is_adapter", "read_adapter_file"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DEMO_HOME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Whose weights the demo model's file holds in Q4_1."""
 PREFIX = "base_model.model."  # of each tensor's name
 _USED = {"r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"}
 _USED |= {"use_rslora"}

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.policy.adapter_files import DEMO_HOME
 from lowmem_grpo.policy.source import DEMO, read_object, resolve
 
 __all__ = ["SharedBase", "loading_snippet", "shared_base"]
 
-DEMO_HOME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Whose weights the demo model's file holds in Q4_1."""
 _WAY_OUT = "name the base's home on the Hub with --base-model OWNER/NAME, for others to load it"
 _OLD_KEY = "general.source.huggingface.repository"
 _HUB = re.compile(r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/?")

@@ -11,8 +11,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowmem_grpo import adapter_config
+from lowmem_grpo.adapter_config import with_adapter
+from lowmem_grpo.config import build_config
 from lowmem_grpo.errors import ModelError
-from lowmem_grpo.policy.adapter_files import read_adapter_file
+from lowmem_grpo.policy.adapter_files import DEMO_HOME, read_adapter_file
 from lowmem_grpo.run.export import adapter_directory
 from lowmem_grpo.run.sharing import shared_base
 from tests.families import make_family
@@ -319,3 +322,17 @@ def test_bases_of_this_machine_are_named_for_others(tmp_path):
     cached = tmp_path / "hub/models--Qwen--Qwen3-8B/snapshots/0123"
     cached.mkdir(parents=True)
     assert shared_base(str(cached)).name == "Qwen/Qwen3-8B"
+
+
+def test_the_demo_model_stands_for_its_home_where_that_is_not_here(adapter, tmp_path, monkeypatch):
+    other = edited(adapter, tmp_path / "other", base_model_name_or_path=DEMO_HOME)
+    monkeypatch.setenv("LOWMEM_GRPO_CACHE", str(tmp_path / "cache"))
+
+    def base():
+        return with_adapter(build_config([]), read_adapter_file(other)).model.name
+
+    assert base() == DEMO_HOME
+    (tmp_path / "cache/models/smollm2-135m").mkdir(parents=True)
+    assert base() == "smollm2-135m"
+    monkeypatch.setattr(adapter_config, "try_to_load_from_cache", lambda *names: "config.json")
+    assert base() == DEMO_HOME
