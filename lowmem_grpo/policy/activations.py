@@ -128,7 +128,11 @@ class HostBuffers:
 
     def new_page(self, device: torch.device) -> torch.Tensor:
         """uint8 [PAGE_BYTES] on the host, for tensors of that device."""
-        return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        there = pinned and torch.cuda.is_available()  # as in `_on_a_card`
+        # For that card: or the current one, another, would get a context.
+        with torch.cuda.device(device) if there else contextlib.nullcontext():
+            return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
 
     def copy(self, x: torch.Tensor, at: int, *, to_host: bool) -> None:
         """Copy a contiguous tensor to the pages from byte `at` on, or from there."""

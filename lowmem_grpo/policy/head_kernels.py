@@ -82,10 +82,11 @@ def merge(
     """
     shrink_n = torch.empty_like(running[0])
     rows, width = z_nv.shape
-    merge_kernel[(rows,)](
-        z_nv, z_nv.stride(0), targets_n, *running, shrink_n, start, width, scale,
-        BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(z_nv):  # Triton launches on the current card
+        merge_kernel[(rows,)](
+            z_nv, z_nv.stride(0), targets_n, *running, shrink_n, start, width, scale,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return shrink_n
 
 
@@ -95,7 +96,9 @@ def probabilities_(
     """Turn a tile of logits into exp(z - max), in place; 0 in the column of the target."""
     rows, width = z_nv.shape
     grid = rows, triton.cdiv(width, BLOCK)
-    probabilities_kernel[grid](
-        z_nv, z_nv.stride(0), targets_n, max_n, start, width, scale, BLOCK=BLOCK, num_warps=WARPS
-    )
+    with torch.cuda.device_of(z_nv):
+        probabilities_kernel[grid](
+            z_nv, z_nv.stride(0), targets_n, max_n, start, width, scale,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return z_nv

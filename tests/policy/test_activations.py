@@ -2,6 +2,7 @@
 it depends on.
 """
 
+import contextlib
 import weakref
 
 import pytest
@@ -219,3 +220,24 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_on_the_device(policy, 
     policy.release()
     assert fetched() is None
     assert late.done == len(late.asked)  # nothing writes any more to what was given back
+
+
+def test_pages_are_pinned_for_the_card_that_uses_them(monkeypatch):
+    current, made, empty = ["cuda:0"], [], torch.empty
+
+    @contextlib.contextmanager
+    def device(of):
+        current.append(str(of))
+        yield
+        current.pop()
+
+    def recorded(*shape, pin_memory=False, **how):
+        made.append((current[-1], pin_memory))
+        return empty(*shape, **how)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch, "empty", recorded)
+    for name in ("cuda:1", "cpu"):
+        HostBuffers().new_page(torch.device(name))
+    assert made == [("cuda:1", True), ("cuda:0", False)]

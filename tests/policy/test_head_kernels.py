@@ -1,5 +1,6 @@
 """The head's Triton kernels: in the interpreter against float64, and compiled for every card."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowmem_grpo.errors import ModelError
 from lowmem_grpo.policy.load import load_policy
@@ -61,3 +63,28 @@ def test_on_a_cpu_they_are_refused(tiny_model_dir):
             tile_tokens=7, tile_vocab=50, adapters=AdapterSettings(r=4, lora_alpha=8),
             lm_head_kernels="triton",
         )  # fmt: skip
+
+
+def test_they_are_launched_on_the_card_of_their_tensors(monkeypatch):
+    """Triton launches on the current card, whichever card its pointers are of."""
+    from lowmem_grpo.policy import head_kernels
+
+    inside, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda z_nv, *more, **how: launched.append(inside and inside[-1] is z_nv)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("merge_kernel", "probabilities_kernel"):
+        monkeypatch.setattr(head_kernels, name, Kernel())
+    z_nv, targets_n, max_n = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    head_kernels.merge(z_nv, targets_n, (max_n,) * 4, 0, 1.0)
+    head_kernels.probabilities_(z_nv, targets_n, max_n, 0, 1.0)
+    assert launched == [True, True]
